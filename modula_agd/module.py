@@ -1,0 +1,445 @@
+"""Typed modules and their algebra.
+
+A module maps a domain to a codomain and says how a bound passes through it. It holds no weights and no state: parameters
+are a flat ``dict[str, Tensor]`` with the names of a ``state_dict``, so a network is a pure function of them.
+
+====================  =================================================================================================
+``outer @ inner``     composition; the right one acts first, spaces must meet
+``a + b``             both applied to the same input, outputs added
+``c * a``             output multiplied by a number (write ``(c * a) @ b``: ``*`` and ``@`` have one precedence)
+``f @ (a, b)``        both applied to the same input, outputs side by side
+``a ** n``            n copies in a chain, each with weights of its own
+====================  =================================================================================================
+
+*Atoms* have one weight each, *bonds* have none (``layer.py``); every network is an expression over them. Final classes
+are frozen dataclasses, and a final class is never subclassed. The vocabulary is that of Large et al. 2024
+(arXiv:2405.14813).
+"""
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from modula_agd import bound as algebra
+from modula_agd.bound import Bound, Gain, Number
+from modula_agd.error import InvalidArgument, SpaceMismatch, UnknownBound
+from modula_agd.norm import Norm
+from modula_agd.space import Space, Tokens, Tuple, positive
+from modula_agd.summary import Row, summary
+from modula_agd.torch_module import TorchModule
+
+Constants = Literal["typical", "proved"]
+Parameters = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The step whose effect a bound follows through a network.
+
+    Args:
+        t: relative step of an atom of mass 1, ≥ 0; a number or a tensor of any shape.
+        constants: which Lipschitz constants to use, mean-field ("typical") or worst-case ("proved").
+        sizes: upper bounds of the current weight norms by parameter name; an absent one has its declared size.
+    """
+
+    t: Number = 0.0
+    constants: Constants = "typical"
+    sizes: Mapping[str, Number] = field(default_factory=dict)
+
+    def constant(self, gain: Gain) -> algebra.Constant:
+        """The constant to use of the two."""
+        return gain.proved if self.constants == "proved" else gain.typical
+
+
+class Weighted(Protocol):
+    """What everything above needs of an atom (``layer.Atom`` documents each)."""
+
+    @property
+    def mass(self) -> float: ...
+    @property
+    def size(self) -> float: ...
+    @property
+    def floor(self) -> float: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def norm(self) -> Norm: ...
+    def draw(self, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor: ...
+
+
+def join(path: str, name: str) -> str:
+    """The dotted name of a part below ``path``; either may be empty."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+class Module(ABC):
+    """A typed, bound-aware map. Abstract or final: a class that can be instantiated cannot be subclassed."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for base in cls.__mro__[1:]:
+            if issubclass(base, Module) and not inspect.isabstract(base) and ABC not in base.__bases__:
+                raise TypeError(
+                    f"{cls.__name__} subclasses {base.__name__}, which is final. Subclass Atom or Bond, or compose modules."
+                )
+
+    # -- what a module declares ---------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def domain(self) -> Space | None:
+        """The space of inputs; None while a module that takes several kinds has not met a typed neighbour."""
+
+    @property
+    @abstractmethod
+    def codomain(self) -> Space | None:
+        """The space of outputs; None likewise."""
+
+    @abstractmethod
+    def bind(self, domain: Space) -> "Module":
+        """This module with its domain settled, or ``SpaceMismatch``."""
+
+    @abstractmethod
+    def apply(self, params: Parameters, x: Any, path: str = "") -> Any:
+        """The map itself, on a batch; ``path`` is the prefix of this module's parameter names."""
+
+    @abstractmethod
+    def propagate(self, x: Any, step: Step, path: str = "") -> Any:
+        """The bound of the output, from the bound of the input (tuples of bounds where there are branches)."""
+
+    def preimage(self, codomain: Space) -> Space | None:
+        """The domain that leads to this codomain, where it is settled by it."""
+        return self.domain
+
+    @property
+    def children(self) -> tuple[tuple[str, "Module"], ...]:
+        """Submodules with the names they add to the path."""
+        return ()
+
+    def rebuilt(self, children: tuple["Module", ...]) -> "Module":
+        """The same module with other children."""
+        return self
+
+    # -- what follows ----------------------------------------------------------------------------------------------------
+
+    def __call__(self, params: Parameters, x: Any) -> Any:
+        """Apply the network to a batch.
+
+        Args:
+            params: every parameter by name, as ``init`` returns them.
+            x: a batch in the domain.
+
+        Raises:
+            SpaceMismatch: the batch is not in the domain.
+            InvalidArgument: a parameter is missing.
+        """
+        if self.domain is not None:
+            self.domain.check(x, self)
+        return self.apply(params, x)
+
+    def atoms(self, path: str = "") -> Iterator[tuple[str, Weighted]]:
+        """Each atom with the name of its parameter, in order of application."""
+        for name, child in self.children:
+            yield from child.atoms(join(path, name))
+
+    def init(
+        self, generator: torch.Generator | int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        """Draw initial weights, each of its declared size (biases zero).
+
+        Args:
+            generator: the source of randomness, or a seed for one on the CPU; equal seeds give equal weights.
+            device: where the weights shall live.
+            dtype: their dtype; drawn in float64 and rounded once.
+        """
+        if isinstance(generator, int):
+            generator = torch.Generator().manual_seed(generator)
+        place = torch.device(device)
+        return {name: atom.draw(generator, place, dtype) for name, atom in self.atoms()}
+
+    def bound(
+        self,
+        t: Number = 0.0,
+        *,
+        magnitude: Number = 1.0,
+        constants: Constants = "typical",
+        sizes: Mapping[str, Number] | None = None,
+    ) -> Bound:
+        """The bound of the network's output under a relative step t of every atom.
+
+        Args:
+            t: dimensionless, ≥ 0; a number or a tensor of step sizes to evaluate at.
+            magnitude: a₀ with ‖input‖ ≤ a₀ for every sample.
+            constants: "typical" (mean-field) or "proved" (worst case).
+            sizes: tracked weight norms by parameter name; declared sizes where absent.
+        """
+        if constants not in ("typical", "proved"):
+            raise InvalidArgument(f"a bound was asked for with constants={constants!r}; choose 'typical' or 'proved'")
+        start = algebra.source(1.0 if isinstance(self.domain, Tokens) else magnitude)
+        end = self.propagate(start, Step(t, constants, sizes or {}))
+        if not isinstance(end, Bound):
+            raise UnknownBound(
+                f"{self!r} gives a tuple, which has no single bound. Compose it with Multiply() or the like."
+            )
+        return end
+
+    def with_mass(self, mass: float) -> "Module":
+        """The same module with every atom's mass multiplied: its share of each step. 0 freezes it.
+
+        Args:
+            mass: dimensionless, ≥ 0.
+        """
+        return self.rebuilt(tuple(child.with_mass(mass) for _, child in self.children))
+
+    def to_torch(self, generator: torch.Generator | int = 0, **options: Any) -> TorchModule:
+        """A ``torch.nn.Module`` with freshly drawn parameters of the same names; options as for ``init``."""
+        return TorchModule(self, self.init(generator, **options))
+
+    def __matmul__(self, inner: "Module | tuple[Module, ...]") -> "Module":
+        return compose(self, inner)
+
+    def __rmatmul__(self, outer: "tuple[Module, ...]") -> "Module":
+        return compose(outer, self)
+
+    def __add__(self, other: "Module") -> "Module":
+        if not isinstance(other, Module):
+            return NotImplemented
+        left = self.parts if isinstance(self, Sum) else (self,)
+        right = other.parts if isinstance(other, Sum) else (other,)
+        return Sum(_agreeing((*left, *right), "+"))
+
+    def __rmul__(self, factor: float) -> "Module":
+        if isinstance(factor, Module):
+            return NotImplemented
+        if not isinstance(factor, int | float) or not math.isfinite(factor) or factor == 0:
+            raise InvalidArgument(
+                f"{factor!r} * {self!r}: the factor must be a finite number other than 0; drop the branch instead"
+            )
+        return Scaled(float(factor), self)
+
+    def __mul__(self, factor: float) -> "Module":
+        raise InvalidArgument(f"{self!r} * {factor!r}: write the number at the left, ({factor!r} * module)")
+
+    def __pow__(self, copies: int) -> "Module":
+        positive("the exponent of a module", copies)
+        result = self
+        for _ in range(copies - 1):
+            result = result @ self
+        return result
+
+    def __str__(self) -> str:
+        rows = [Row(name, repr(atom), atom.shape, repr(atom.norm), atom.mass) for name, atom in self.atoms()]
+        try:
+            return summary(rows, self.bound())
+        except UnknownBound:
+            return repr(self)
+
+
+# -- the algebra ---------------------------------------------------------------------------------------------------------
+
+
+def mismatch(module: Module, takes: object, given: object) -> str:
+    """The text of a ``SpaceMismatch`` where two modules meet."""
+    return (
+        f"{module!r} takes {takes}, but the module before it gives {given}. Change one of the two widths, or put a module "
+        f"between them that maps {given} to {takes} (Flatten, Mean, a Linear)."
+    )
+
+
+def _agreeing(parts: tuple[Module, ...], sign: str) -> tuple[Module, ...]:
+    """Branches on one input, bound to the domain that any of them settles."""
+    domains = dict.fromkeys(part.domain for part in parts if part.domain is not None)
+    if len(domains) > 1:
+        raise SpaceMismatch(
+            f"{f' {sign} '.join(map(repr, parts))}: the branches take {' and '.join(map(str, domains))}, not one space"
+        )
+    return tuple(part.bind(domain) for part in parts for domain in domains) if domains else parts
+
+
+def compose(outer: "Module | tuple[Module, ...]", inner: "Module | tuple[Module, ...]") -> Module:
+    """outer ∘ inner, flattened into one chain whose spaces have been checked; tuples become ``Branches``."""
+    sides = [Branches(_agreeing(side, ",")) if isinstance(side, tuple) else side for side in (inner, outer)]
+    for side in sides:
+        if not isinstance(side, Module):
+            raise SpaceMismatch(
+                f"composition with @ was attempted with {side!r}, which is not a module. Wrap a function as a Bond."
+            )
+    chain = [part for side in sides for part in (side.parts if isinstance(side, Compose) else (side,))]
+    return Compose(_settled(chain))
+
+
+def _settled(chain: list[Module]) -> tuple[Module, ...]:
+    """Check each meeting of two spaces, letting typed modules settle the domains of their untyped neighbours."""
+    first = next((index for index, part in enumerate(chain) if part.domain is not None), len(chain))
+    while 0 < first < len(chain):
+        domain = chain[first].domain
+        before = chain[first - 1].preimage(domain) if domain is not None else None
+        if before is None:
+            break
+        first -= 1
+        chain[first] = chain[first].bind(before)
+    space = chain[first].domain if first < len(chain) else None
+    for index in range(first, len(chain)):
+        if space is None:
+            break
+        chain[index] = chain[index].bind(space)
+        space = chain[index].codomain
+    return tuple(chain)
+
+
+@dataclass(frozen=True)
+class _Composite(Module, ABC):
+    """Shared by the modules that are made of others."""
+
+    parts: tuple[Module, ...]
+
+    @property
+    def children(self) -> tuple[tuple[str, Module], ...]:
+        return tuple((str(index), part) for index, part in enumerate(self.parts))
+
+    def rebuilt(self, children: tuple[Module, ...]) -> Module:
+        return replace(self, parts=children)
+
+    @property
+    def domain(self) -> Space | None:
+        return self.parts[0].domain
+
+    def _each(self, visit: Callable[[Module, str], Any], path: str) -> list[Any]:
+        return [visit(part, join(path, str(index))) for index, part in enumerate(self.parts)]
+
+
+@dataclass(frozen=True)
+class Compose(_Composite):
+    """A chain, in order of application; parameters are named by position, as in ``torch.nn.Sequential``."""
+
+    @property
+    def codomain(self) -> Space | None:
+        return self.parts[-1].codomain
+
+    def bind(self, domain: Space) -> Module:
+        return Compose(_settled([self.parts[0].bind(domain), *self.parts[1:]]))
+
+    def preimage(self, codomain: Space) -> Space | None:
+        space: Space | None = codomain
+        for part in reversed(self.parts):
+            space = part.preimage(space) if space is not None else part.domain
+        return space
+
+    def apply(self, params: Parameters, x: Any, path: str = "") -> Any:
+        for index, part in enumerate(self.parts):
+            x = part.apply(params, x, join(path, str(index)))
+        return x
+
+    def propagate(self, x: Any, step: Step, path: str = "") -> Any:
+        for index, part in enumerate(self.parts):
+            x = part.propagate(x, step, join(path, str(index)))
+        return x
+
+    def __repr__(self) -> str:
+        return " @ ".join(
+            f"({part!r})" if isinstance(part, Scaled | Sum) else repr(part) for part in reversed(self.parts)
+        )
+
+
+@dataclass(frozen=True)
+class Sum(_Composite):
+    """Branches on one input, added."""
+
+    def __post_init__(self) -> None:
+        codomains = dict.fromkeys(part.codomain for part in self.parts if part.codomain is not None)
+        if len(codomains) > 1:
+            raise SpaceMismatch(
+                f"{self!r}: the branches give {' and '.join(map(str, codomains))}, which cannot be added. "
+                "Let every branch end in the same space."
+            )
+
+    @property
+    def codomain(self) -> Space | None:
+        return self.parts[0].codomain
+
+    def bind(self, domain: Space) -> Module:
+        return Sum(tuple(part.bind(domain) for part in self.parts))
+
+    def preimage(self, codomain: Space) -> Space | None:
+        return self.domain or self.parts[0].preimage(codomain)
+
+    def apply(self, params: Parameters, x: Any, path: str = "") -> Any:
+        first, *rest = self._each(lambda part, name: part.apply(params, x, name), path)
+        for value in rest:
+            first = first + value
+        return first
+
+    def propagate(self, x: Any, step: Step, path: str = "") -> Any:
+        return algebra.total(self._each(lambda part, name: part.propagate(x, step, name), path))
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.parts))
+
+
+@dataclass(frozen=True)
+class Branches(_Composite):
+    """Several modules on one input, outputs side by side; written as a tuple."""
+
+    @property
+    def codomain(self) -> Space | None:
+        spaces = tuple(part.codomain for part in self.parts)
+        return None if None in spaces else Tuple(tuple(space for space in spaces if space is not None))
+
+    def bind(self, domain: Space) -> Module:
+        return Branches(tuple(part.bind(domain) for part in self.parts))
+
+    def apply(self, params: Parameters, x: Any, path: str = "") -> Any:
+        return tuple(self._each(lambda part, name: part.apply(params, x, name), path))
+
+    def propagate(self, x: Any, step: Step, path: str = "") -> Any:
+        return tuple(self._each(lambda part, name: part.propagate(x, step, name), path))
+
+    def __repr__(self) -> str:
+        return f"({', '.join(map(repr, self.parts))})"
+
+
+@dataclass(frozen=True)
+class Scaled(Module):
+    """A module whose output is multiplied by a number."""
+
+    factor: float
+    inner: Module
+
+    @property
+    def domain(self) -> Space | None:
+        return self.inner.domain
+
+    @property
+    def codomain(self) -> Space | None:
+        return self.inner.codomain
+
+    @property
+    def children(self) -> tuple[tuple[str, Module], ...]:
+        return (("", self.inner),)
+
+    def rebuilt(self, children: tuple[Module, ...]) -> Module:
+        return Scaled(self.factor, *children)
+
+    def bind(self, domain: Space) -> Module:
+        return Scaled(self.factor, self.inner.bind(domain))
+
+    def preimage(self, codomain: Space) -> Space | None:
+        return self.inner.preimage(codomain)
+
+    def apply(self, params: Parameters, x: Any, path: str = "") -> Any:
+        return self.factor * self.inner.apply(params, x, path)
+
+    def propagate(self, x: Any, step: Step, path: str = "") -> Any:
+        return algebra.scaled(self.inner.propagate(x, step, path), self.factor)
+
+    def __repr__(self) -> str:
+        inner = repr(self.inner)
+        return (
+            f"{self.factor:g} * {inner}" if not isinstance(self.inner, _Composite) else f"{self.factor:g} * ({inner})"
+        )

@@ -1,0 +1,314 @@
+"""Norms on weights: how large a weight is, and which unit step a gradient asks for.
+
+An atom's weight lives in the operator norm between its two spaces. A norm answers five questions, and nothing about the
+geometry of a step is decided anywhere else (theory: Large et al. 2024, arXiv:2405.14813; Bernstein & Newhouse 2024,
+arXiv:2409.20325):
+
+=============  ======================================================================================================
+``size``       ‖W‖
+``bound``      a certified upper bound of ‖W‖, by matrix products alone
+``direction``  the unit dual direction u of a gradient g: ‖u‖ ≤ 1 and ⟨g, u⟩ = ‖g‖_dual (up to the polar factor's error)
+``dual``       ‖g‖_dual = max over ‖u‖ ≤ 1 of ⟨g, u⟩, exactly
+``draw``       a random weight of norm 1
+=============  ======================================================================================================
+
+=============  =========================================  ==================================  ======================
+norm           ‖W‖                                        direction                           dual norm
+=============  =========================================  ==================================  ======================
+``Spectral``   sqrt(i/o)·σ_max(W)                         sqrt(o/i)·UVᵀ                       sqrt(o/i)·‖g‖_nuclear
+``Frobenius``  sqrt(i/o)·‖W‖_F, an upper bound of it      sqrt(o/i)·g/‖g‖_F                   sqrt(o/i)·‖g‖_F
+``RowNorm``    max over rows of factor·‖W_row‖₂           each row g_row/(factor·‖g_row‖₂)    Σ_rows ‖g_row‖₂/factor
+``RMS``        ‖b‖₂/sqrt(d)                               sqrt(d)·b/‖b‖₂                      sqrt(d)·‖g‖₂
+``Sign``       max |s|                                    sign(g)                             ‖g‖₁
+``PerTap``     gain·max over taps of the inner norm       per tap, divided by gain            Σ_taps inner dual/gain
+=============  =========================================  ==================================  ======================
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from modula_agd.device import precise
+from modula_agd.polar import largest_singular_value_bound, polar, working_dtype
+from modula_agd.rescale import rescale
+
+Scalar = Float[Tensor, ""]
+
+
+def wide(x: Tensor) -> Tensor:
+    """Scalars that steer a step are kept in double precision wherever the device has it."""
+    return x.to(precise(x.device))
+
+
+class Direction(NamedTuple):
+    """A direction u = factor·base, left unmultiplied so that no copy of a weight is made before the step is known.
+
+    ``factor`` is a 0-d tensor, or holds one number per row (shape [rows, 1, ...]).
+    """
+
+    base: Float[Tensor, "*shape"]
+    factor: Float[Tensor, "*broadcastable"]
+
+    def dense(self) -> Float[Tensor, "*shape"]:
+        """The direction u itself."""
+        return self.base * self.factor.to(self.base.dtype)
+
+    def pair(self, gradient: Float[Tensor, "*shape"]) -> Scalar:
+        """⟨gradient, u⟩, the descent per unit step along u, in double precision."""
+        dtype = working_dtype(gradient.dtype)
+        g, base = gradient.to(dtype), self.base.to(dtype)
+        if self.factor.ndim == 0:
+            return wide(torch.dot(g.flatten(), base.flatten())) * wide(self.factor)
+        rows = torch.linalg.vecdot(g.flatten(1), base.flatten(1))
+        return (wide(rows) * wide(self.factor).flatten()).sum()
+
+
+class Norm(ABC):
+    """A norm on one weight tensor. Final subclasses are frozen dataclasses without tensors."""
+
+    @abstractmethod
+    def size(self, weight: Float[Tensor, "*shape"]) -> Scalar:
+        """‖weight‖, by an exact method (which may be slow)."""
+
+    @abstractmethod
+    def bound(self, weight: Float[Tensor, "*shape"]) -> Scalar:
+        """A certified upper bound of ‖weight‖, cheap enough for every step."""
+
+    @abstractmethod
+    def direction(self, gradient: Float[Tensor, "*shape"]) -> Direction:
+        """The unit dual direction of ``gradient``; zero where the gradient is zero."""
+
+    @abstractmethod
+    def dual(self, gradient: Float[Tensor, "*shape"]) -> Scalar:
+        """‖gradient‖_dual, by an exact method (which may be slow)."""
+
+    @abstractmethod
+    def draw(
+        self, shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
+    ) -> Float[Tensor, "*shape"]:
+        """A random weight with ‖weight‖ = 1. Drawn on the generator's device, then moved."""
+
+    @property
+    def euclidean(self) -> "Norm":
+        """The norm whose dual direction needs no polar factor: never smaller, so every majorisation stays valid."""
+        return self
+
+
+class BlockNorm(Norm):
+    """max over blocks of factor·‖block‖₂; a subclass says what a block is."""
+
+    @abstractmethod
+    def factor(self, shape: torch.Size) -> float:
+        """The factor before ‖block‖₂ for a weight of this shape."""
+
+    @abstractmethod
+    def dims(self, shape: torch.Size) -> tuple[int, ...]:
+        """The dimensions within a block; the others count blocks."""
+
+    def _block_norms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rescaled blocks, their peaks, and the Euclidean norms of the rescaled blocks."""
+        scaled, peak = rescale(x.to(working_dtype(x.dtype)), self.dims(x.shape))
+        return scaled, peak, torch.linalg.vector_norm(scaled, dim=self.dims(x.shape), keepdim=True)
+
+    def size(self, weight: Float[Tensor, "*shape"]) -> Scalar:
+        _, peak, norm = self._block_norms(weight)
+        return (wide(norm) * wide(peak)).amax() * self.factor(weight.shape)
+
+    def bound(self, weight: Float[Tensor, "*shape"]) -> Scalar:
+        # the sum of a block's n squares is rounded by at most n·eps; its root by half of that
+        count = math.prod([weight.shape[dim] for dim in self.dims(weight.shape)])
+        rounding = count * torch.finfo(working_dtype(weight.dtype)).eps
+        return self.size(weight) * (1 + rounding)
+
+    def direction(self, gradient: Float[Tensor, "*shape"]) -> Direction:
+        scaled, _, norm = self._block_norms(gradient)
+        factor = 1 / (norm.masked_fill(norm == 0, 1.0) * self.factor(gradient.shape))
+        if factor.numel() == 1:
+            return Direction(scaled, factor.reshape(()))
+        if factor.shape[0] == factor.numel():
+            return Direction(scaled, factor)
+        return Direction(scaled * factor, factor.new_ones(()))
+
+    def dual(self, gradient: Float[Tensor, "*shape"]) -> Scalar:
+        _, peak, norm = self._block_norms(gradient)
+        return (wide(norm) * wide(peak)).sum() / self.factor(gradient.shape)
+
+    def draw(
+        self, shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
+    ) -> Float[Tensor, "*shape"]:
+        noise = _gaussian(shape, generator)
+        norm = torch.linalg.vector_norm(noise, dim=self.dims(noise.shape), keepdim=True)
+        return (noise / (norm * self.factor(noise.shape))).to(device, dtype)
+
+
+def drawing_dtype(generator: torch.Generator) -> torch.dtype:
+    """Double precision wherever the generator's device has it, so that one seed gives one network in every dtype."""
+    return torch.float64 if generator.device.type != "mps" else torch.float32
+
+
+def _gaussian(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard normal draws."""
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=drawing_dtype(generator))
+
+
+def _fan_ratio(shape: torch.Size) -> float:
+    """sqrt(fan_in/fan_out) of a stack of matrices [..., fan_out, fan_in]."""
+    return math.sqrt(shape[-1] / shape[-2])
+
+
+@dataclass(frozen=True)
+class Spectral(Norm):
+    """sqrt(i/o)·σ_max(W) of a matrix [o, i], from RMS to RMS; of a stack [..., o, i] the largest."""
+
+    def size(self, weight: Float[Tensor, "*stack out in_"]) -> Scalar:
+        x, peak = rescale(weight.to(working_dtype(weight.dtype)), (-2, -1))
+        largest = torch.linalg.matrix_norm(x, ord=2)
+        return (wide(largest) * wide(peak[..., 0, 0])).amax() * _fan_ratio(weight.shape)
+
+    def bound(self, weight: Float[Tensor, "*stack out in_"]) -> Scalar:
+        return wide(largest_singular_value_bound(weight)).amax() * _fan_ratio(weight.shape)
+
+    def direction(self, gradient: Float[Tensor, "*stack out in_"]) -> Direction:
+        factor = gradient.new_full((), 1 / _fan_ratio(gradient.shape), dtype=working_dtype(gradient.dtype))
+        return Direction(polar(gradient), factor)
+
+    def dual(self, gradient: Float[Tensor, "*stack out in_"]) -> Scalar:
+        x, peak = rescale(gradient.to(working_dtype(gradient.dtype)), (-2, -1))
+        nuclear = torch.linalg.matrix_norm(x, ord="nuc")
+        return (wide(nuclear) * wide(peak[..., 0, 0])).sum() / _fan_ratio(gradient.shape)
+
+    def draw(
+        self, shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
+    ) -> Float[Tensor, "*stack out in_"]:
+        """(Semi-)orthogonal matrices, uniform over the Stiefel manifold (Haar)."""
+        *stack, rows, cols = shape
+        q, r = torch.linalg.qr(_gaussian((*stack, max(rows, cols), min(rows, cols)), generator))
+        # the sign of R's diagonal makes the factorisation unique and the draw uniform (Mezzadri 2007)
+        q = q * torch.diagonal(r, dim1=-2, dim2=-1).sign()[..., None, :]
+        matrix = q if rows >= cols else q.mT
+        return (matrix / _fan_ratio(matrix.shape)).to(device, dtype).contiguous()
+
+    @property
+    def euclidean(self) -> Norm:
+        return Frobenius()
+
+
+@dataclass(frozen=True)
+class Frobenius(BlockNorm):
+    """sqrt(i/o)·‖W‖_F of a matrix [o, i], the AGD paper's choice; of a stack [..., o, i] the largest."""
+
+    def factor(self, shape: torch.Size) -> float:
+        return _fan_ratio(shape)
+
+    def dims(self, shape: torch.Size) -> tuple[int, ...]:
+        return (-2, -1)
+
+
+@dataclass(frozen=True)
+class RowNorm(BlockNorm):
+    """max over rows of scale·‖W_row‖₂: from RMS into the max norm with scale sqrt(i), embeddings with 1/sqrt(d)."""
+
+    scale: float
+
+    @classmethod
+    def into_logits(cls, fan_in: int) -> "RowNorm":
+        """The operator norm from RMS over ``fan_in`` features to the max norm."""
+        return cls(math.sqrt(fan_in))
+
+    @classmethod
+    def of_embedding(cls, width: int) -> "RowNorm":
+        """The operator norm from one-hot tokens to RMS over ``width`` features."""
+        return cls(1 / math.sqrt(width))
+
+    def factor(self, shape: torch.Size) -> float:
+        return self.scale
+
+    def dims(self, shape: torch.Size) -> tuple[int, ...]:
+        return (-1,)
+
+
+@dataclass(frozen=True)
+class RMS(BlockNorm):
+    """‖b‖₂/sqrt(d) over all entries: a bias on features."""
+
+    def factor(self, shape: torch.Size) -> float:
+        return 1 / math.sqrt(shape.numel())
+
+    def dims(self, shape: torch.Size) -> tuple[int, ...]:
+        return tuple(range(len(shape)))
+
+
+@dataclass(frozen=True)
+class Sign(Norm):
+    """max |s| over all entries: an elementwise scale, or a bias on logits."""
+
+    def size(self, weight: Float[Tensor, "*shape"]) -> Scalar:
+        return wide(weight.abs().amax())
+
+    def bound(self, weight: Float[Tensor, "*shape"]) -> Scalar:
+        return self.size(weight)
+
+    def direction(self, gradient: Float[Tensor, "*shape"]) -> Direction:
+        return Direction(gradient.sign(), gradient.new_ones(()))
+
+    def dual(self, gradient: Float[Tensor, "*shape"]) -> Scalar:
+        return wide(gradient).abs().sum()
+
+    def draw(
+        self, shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
+    ) -> Float[Tensor, "*shape"]:
+        return _gaussian(shape, generator).sign().to(device, dtype)
+
+
+@dataclass(frozen=True)
+class PerTap(Norm):
+    """gain·max over taps (and groups) of a matrix norm, for a convolution kernel [o, i/groups, *kernel].
+
+    Args:
+        inner: the norm of one tap's matrix [o/groups, i/groups], ``Spectral()`` or ``Frobenius()``.
+        gain: what the sum over taps may add up to, in units of one tap; the AGD code uses sqrt(k_h·k_w).
+        groups: channel groups, each with matrices of its own.
+    """
+
+    inner: Norm
+    gain: float
+    groups: int = 1
+
+    def _taps(self, kernel: Tensor) -> Tensor:
+        # one name for any number of kernel dimensions
+        return rearrange(kernel.flatten(2), "(g o) i k -> k g o i", g=self.groups)
+
+    def _kernel(self, taps: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        return rearrange(taps, "k g o i -> (g o) i k").reshape(shape)
+
+    def size(self, weight: Float[Tensor, "out in_ *kernel"]) -> Scalar:
+        return self.gain * self.inner.size(self._taps(weight))
+
+    def bound(self, weight: Float[Tensor, "out in_ *kernel"]) -> Scalar:
+        return self.gain * self.inner.bound(self._taps(weight))
+
+    def direction(self, gradient: Float[Tensor, "out in_ *kernel"]) -> Direction:
+        taps = self.inner.direction(self._taps(gradient)).dense()
+        kernel = self._kernel(taps, gradient.shape)
+        return Direction(kernel, kernel.new_full((), 1 / self.gain, dtype=working_dtype(kernel.dtype)))
+
+    def dual(self, gradient: Float[Tensor, "out in_ *kernel"]) -> Scalar:
+        return self.inner.dual(self._taps(gradient)) / self.gain
+
+    def draw(
+        self, shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
+    ) -> Float[Tensor, "out in_ *kernel"]:
+        fan_out, fan_in, *kernel = shape
+        stack = (math.prod(kernel), self.groups, fan_out // self.groups, fan_in)
+        taps = self.inner.draw(stack, generator, generator.device, drawing_dtype(generator))
+        return self._kernel(taps / self.gain, shape).to(device, dtype).contiguous()
+
+    @property
+    def euclidean(self) -> Norm:
+        return PerTap(self.inner.euclidean, self.gain, self.groups)

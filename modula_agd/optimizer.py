@@ -1,0 +1,108 @@
+"""The ``torch.optim.Optimizer`` face of the engine, for training loops in the usual style."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modula_agd.agd import Method, State, agd
+from modula_agd.error import InvalidArgument, SpaceMismatch
+from modula_agd.loss import Loss
+from modula_agd.majorisation import Evidence
+from modula_agd.torch_module import TorchModule
+
+
+class AGD(torch.optim.Optimizer):
+    """Automatic gradient descent on a model made by ``network.to_torch()``.
+
+    ``lr`` in the parameter group multiplies the derived step. It is 1 and needs no tuning; it is there for schedulers and
+    monitors that expect it.
+
+    Args:
+        model: a network's ``torch.nn`` face.
+        loss: what is minimised, or a ``Method`` built beforehand.
+        options: as for ``agd``.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss | Method, **options: Any) -> None:
+        if not isinstance(model, TorchModule):
+            raise SpaceMismatch(
+                f"AGD was given a {type(model).__name__}, whose layers declare no bounds. Compose the network from modula_agd "
+                "modules and pass network.to_torch()."
+            )
+        if isinstance(loss, Method) and options:
+            raise InvalidArgument(
+                f"AGD was given a ready method and the options {sorted(options)}. Pass them to agd() instead."
+            )
+        self.method = loss if isinstance(loss, Method) else agd(model.network, loss, **options)  # pyright: ignore
+        self._names = [name for name, _ in model.named_parameters()]
+        super().__init__(model.parameters(), {"lr": 1.0})
+        self.current: State = self.method.init(self._parameters())
+        self._watched: tuple[Tensor, torch.Event] | None = None
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return dict(zip(self._names, self.param_groups[0]["params"], strict=True))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, evidence: Evidence | None = None) -> Any:  # pyright: ignore
+        """Move every parameter that has a gradient.
+
+        Args:
+            closure: recomputes the loss and its gradients; its value is returned.
+            evidence: R and a₀ of the batch, for a certified search: ``optimizer.method.evidence(...)``.
+
+        Raises:
+            NonFiniteGradient: with the weights untouched; on an accelerator at the first step after the device knows.
+        """
+        value = None
+        if closure is not None:
+            with torch.enable_grad():
+                value = closure()
+        self._look()
+        params = self._parameters()
+        grads = {name: parameter.grad for name, parameter in params.items()}
+        updates, self.current = self.method.update(grads, self.current, params, evidence)
+        rate = self.param_groups[0]["lr"]
+        for name, update in updates.items():
+            params[name].add_(update, alpha=rate)
+        self._watch()
+        return value
+
+    def _watch(self) -> None:
+        """On an accelerator, ask for the descents of this step without waiting for the answer."""
+        device = self.current.descents.device
+        if device.type != "cpu" and self.method.nonfinite == "raise" and self._watched is None:
+            arrived = torch.Event(device)
+            self._watched = self.current.descents.to("cpu", non_blocking=True), arrived
+            arrived.record()
+
+    def _look(self) -> None:
+        if self._watched is not None and self._watched[1].query():
+            descents, self._watched = self._watched[0], None
+            self.method.check(self.current._replace(descents=descents))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own lists what it copies and pickles, and would leave the method behind
+        mine = {"method": self.method, "_names": self._names, "current": self.current, "_watched": None}
+        return {**super().__getstate__(), **mine}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimizer's, with the last step's tensors under "agd"."""
+        return {**super().state_dict(), "agd": self.current._asdict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned.
+
+        Raises:
+            InvalidArgument: the state is another optimizer's, or another network's.
+        """
+        saved = state_dict.get("agd", {})
+        here = self.current._asdict()
+        if set(saved) != set(here) or any(saved[key].shape != here[key].shape for key in here):
+            raise InvalidArgument(
+                f"load_state_dict was given {sorted(saved) or 'no state of AGD'}, but this network's state is {sorted(here)} with one "
+                "entry per parameter. Load the state that AGD saved for the same network."
+            )
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "agd"})
+        self.current = State(**{key: value.to(here[key]) for key, value in saved.items()})

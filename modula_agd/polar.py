@@ -1,0 +1,104 @@
+"""The polar factor of a matrix, and certified bounds of its largest singular value.
+
+For G = U diag(s) Vᵀ the polar factor is U Vᵀ: the unit-norm direction along which a linear functional ⟨G, ·⟩ rises
+fastest in the spectral norm. Three things live here:
+
+* ``polar``: an iteration of odd polynomials, X ← aX + bX(XᵀX) + cX(XᵀX)², using matrix products alone. Each polynomial is
+  the best approximation of 1 on the interval that the previous one reaches (Amsel, Persson, Musco, Gower 2025, *The
+  Polar Express*, arXiv:2505.16932). The last is divided by its largest value, so that no singular value ends above 1.
+  A singular value below ``SMALLEST`` of the largest falls short of 1; it never overshoots.
+* ``polar_by_svd``: the slow, exact reference.
+* ``largest_singular_value_bound``: Gram iteration (Delattre, Barthélemy, Araujo, Allauzen 2023, arXiv:2305.16173), an
+  upper bound at every step. Power iteration would be a lower bound, which certifies nothing.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from modula_agd.device import precise
+from modula_agd.rescale import rescale
+
+SMALLEST = 1e-3
+"""Singular values above this share of the largest end between 0.997 and 1."""
+
+# Minimax odd quintics on [SMALLEST, 1], each shrunk by 1e-4 so that rounding cannot leave the next one's interval, the
+# last also divided by its largest value. tests/test_polar.py derives the table again by Remez exchange.
+SCHEDULE = (
+    (8.4694817710, -25.1055638992, 18.6274126716),
+    (4.1824158999, -3.1083902398, 0.5805486207),
+    (3.9614610932, -2.9537683400, 0.5629198203),
+    (3.2862575584, -2.4644736625, 0.5073069581),
+    (2.2735226194, -1.6444959019, 0.4161493084),
+    (1.8867981277, -1.2638724057, 0.3761365550),
+)
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which norms and directions are computed: float32 for half precision, else the tensor's own."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def polar(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch rows cols"]:
+    """The orthogonal factor U Vᵀ of each matrix, approximately, with no singular value above 1.
+
+    Args:
+        matrix: any rank, shape and scale; half precision is iterated in float32.
+
+    Returns:
+        A matrix of the same shape and dtype: zero where the input is zero (or denormal); singular values within
+        [0.997, 1] for those of the input above ``SMALLEST`` of its largest, less for smaller ones. Above 1 by at most
+        rounding: 1e-5 in float32, 1e-9 in float64, and one rounding to the nearest for half precision.
+    """
+    wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
+    x, _ = rescale(wide.to(working_dtype(matrix.dtype)), (-2, -1))
+    gram = x @ x.mT
+    # ‖XXᵀ‖_F^(1/2) is the Schatten 4-norm: at least the largest singular value, and tighter than ‖X‖_F
+    ceiling = torch.linalg.matrix_norm(gram, keepdim=True).sqrt() * (1 + 16 * torch.finfo(x.dtype).eps)
+    ceiling = ceiling.masked_fill(ceiling == 0, 1.0)
+    x, gram = x / ceiling, gram / ceiling.square()
+    for index, (a, b, c) in enumerate(SCHEDULE):
+        if index > 0:
+            gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    orthogonal = x.to(matrix.dtype)
+    return orthogonal if wide is matrix else orthogonal.mT
+
+
+def polar_by_svd(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch rows cols"]:
+    """The reference for ``polar``: U Vᵀ over the singular values above rounding (a partial isometry at lower rank)."""
+    x, _ = rescale(matrix.to(working_dtype(matrix.dtype)), (-2, -1))
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    rounding = max(x.shape[-2:]) * torch.finfo(x.dtype).eps
+    kept = (s > rounding * s[..., :1]).to(x.dtype)
+    return ((u * kept[..., None, :]) @ vh).to(matrix.dtype)
+
+
+def largest_singular_value_bound(
+    matrix: Float[Tensor, "*batch rows cols"], iterations: int = 6
+) -> Float[Tensor, "*batch"]:
+    """An upper bound of each matrix's largest singular value, by Gram iteration.
+
+    Squaring A ← AᵀA/‖·‖ k times bounds σ_max by the 2^(k+1)-Schatten norm: at most rank^(1/2^(k+1)) too large.
+
+    Args:
+        matrix: any shape and scale.
+        iterations: number of squarings, ≥ 1; the excess is at most a factor rank^(1/2^(iterations + 1)).
+
+    Returns:
+        Upper bounds in the matrix's units, rounded up by the worst case of the products' rounding errors.
+    """
+    x, peak = rescale(matrix.to(working_dtype(matrix.dtype)), (-2, -1))
+    gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
+    # log σ_max is gathered in double precision; each squaring halves the weight of what has been divided out
+    scale = precise(matrix.device)
+    exponent, log_bound = 0.5, torch.zeros(matrix.shape[:-2], dtype=scale, device=matrix.device)
+    for step in range(iterations):
+        size = torch.linalg.matrix_norm(gram, keepdim=True)
+        size = size.masked_fill(size == 0, 1.0)
+        log_bound = log_bound + exponent * size[..., 0, 0].to(scale).log()
+        if step + 1 < iterations:
+            gram = gram / size
+            gram, exponent = gram @ gram, exponent / 2
+    rounding = 4 * max(matrix.shape[-2:]) * torch.finfo(x.dtype).eps
+    return log_bound.exp().mul(1 + rounding).to(x.dtype) * peak[..., 0, 0]

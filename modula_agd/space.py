@@ -1,0 +1,197 @@
+"""Typed spaces: what a module takes and gives, and how an activation is measured.
+
+A space is a shape and a norm per sample: the root mean square (RMS) over features, the supremum over positions.
+
+================  ============================  ===========================================
+space             tensor                        norm per sample
+================  ============================  ===========================================
+``Features(d)``   [batch, d]                    RMS over d
+``Sequence(d)``   [batch, time, d]              sup over time of RMS over d
+``Image(c)``      [batch, c, h, w]              sup over (h, w) of RMS over c
+``Logits(n)``     [batch, (time,) n]            max over n (and sup over time)
+``Tokens(n)``     integer ids, [batch, (time)]  1 (a one-hot vector); never perturbed
+================  ============================  ===========================================
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Num
+from torch import Tensor
+
+from modula_agd.error import InvalidArgument, SpaceMismatch
+
+
+def positive(what: str, value: int) -> None:
+    """Raise unless ``value`` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgument(f"{what} must be an integer of at least 1, but is {value!r}")
+
+
+class Space(ABC):
+    """What an activation may be. Two spaces fit when they are equal."""
+
+    shape: ClassVar[str]
+    kind: ClassVar[type] = Tensor
+    max_norm: ClassVar[bool] = False
+    """Whether features are measured by their maximum rather than their root mean square."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Features per position."""
+
+    @abstractmethod
+    def fits(self, x: Tensor) -> bool:
+        """Whether the tensor's shape (and dtype, where that matters) is one of this space."""
+
+    @abstractmethod
+    def norm(self, x: Num[Tensor, "batch *shape"]) -> Num[Tensor, " batch"]:
+        """‖x‖ of each sample."""
+
+    @abstractmethod
+    def dual(self, gradient: Num[Tensor, "batch *shape"]) -> Num[Tensor, " batch"]:
+        """The dual norm of each sample's gradient: max of ⟨gradient, x⟩ over ‖x‖ ≤ 1."""
+
+    def check(self, x: Tensor, taker: object) -> None:
+        """Raise ``SpaceMismatch``, naming the ``taker`` of the input, unless ``x`` belongs here."""
+        if not isinstance(x, self.kind) or not self.fits(x):
+            shape = (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else type(x).__name__
+            raise SpaceMismatch(
+                f"{taker!r} takes {self} = {self.shape}, but got {shape}. "
+                "Reshape the batch, or build the network for the shape that the data has."
+            )
+
+
+def _rms(x: Tensor, dim: int) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=dim) / math.sqrt(x.shape[dim])
+
+
+@dataclass(frozen=True)
+class _Wide(Space, ABC):
+    """Shared by the spaces that are a number of features."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        positive(f"the number of features of {type(self).__name__}", self.size)
+
+    @property
+    def width(self) -> int:
+        return self.size
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.size})"
+
+
+@dataclass(frozen=True, repr=False)
+class Features(_Wide):
+    """A vector of features; norm: RMS over features."""
+
+    shape: ClassVar[str] = "[batch, features]"
+
+    def fits(self, x: Tensor) -> bool:
+        return x.ndim <= 2 and x.ndim >= 1 and x.shape[-1] == self.size
+
+    def norm(self, x: Num[Tensor, "batch d"]) -> Num[Tensor, " batch"]:
+        return _rms(x, -1)
+
+    def dual(self, gradient: Num[Tensor, "batch d"]) -> Num[Tensor, " batch"]:
+        return _rms(gradient, -1) * gradient.shape[-1]
+
+
+@dataclass(frozen=True, repr=False)
+class Sequence(_Wide):
+    """Features at each time; norm: supremum over time of RMS over features."""
+
+    shape: ClassVar[str] = "[batch, time, features]"
+
+    def fits(self, x: Tensor) -> bool:
+        return x.ndim in (2, 3) and x.shape[-1] == self.size
+
+    def norm(self, x: Num[Tensor, "batch time d"]) -> Num[Tensor, " batch"]:
+        return _rms(x, -1).amax(-1)
+
+    def dual(self, gradient: Num[Tensor, "batch time d"]) -> Num[Tensor, " batch"]:
+        return _rms(gradient, -1).sum(-1) * gradient.shape[-1]
+
+
+@dataclass(frozen=True, repr=False)
+class Image(_Wide):
+    """Channels at each pixel; norm: supremum over pixels of RMS over channels."""
+
+    shape: ClassVar[str] = "[batch, channels, height, width]"
+
+    def fits(self, x: Tensor) -> bool:
+        return x.ndim in (3, 4) and x.shape[-3] == self.size
+
+    def norm(self, x: Num[Tensor, "batch c h w"]) -> Num[Tensor, " batch"]:
+        return _rms(x, -3).amax((-2, -1))
+
+    def dual(self, gradient: Num[Tensor, "batch c h w"]) -> Num[Tensor, " batch"]:
+        return _rms(gradient, -3).sum((-2, -1)) * gradient.shape[-3]
+
+
+@dataclass(frozen=True, repr=False)
+class Logits(_Wide):
+    """Scores of n classes, possibly at each time; norm: maximum over classes (and time)."""
+
+    shape: ClassVar[str] = "[batch, (time,) classes]"
+    max_norm: ClassVar[bool] = True
+
+    def fits(self, x: Tensor) -> bool:
+        return x.ndim in (1, 2, 3) and x.shape[-1] == self.size
+
+    def norm(self, x: Num[Tensor, "batch *time n"]) -> Num[Tensor, " batch"]:
+        return x.abs().flatten(1).amax(-1)
+
+    def dual(self, gradient: Num[Tensor, "batch *time n"]) -> Num[Tensor, " batch"]:
+        return gradient.abs().flatten(1).sum(-1)
+
+
+@dataclass(frozen=True, repr=False)
+class Tokens(_Wide):
+    """Integer ids below n, one-hot vectors in effect; norm 1, and no step ever perturbs them."""
+
+    shape: ClassVar[str] = "integer ids [batch, (time)]"
+
+    def fits(self, x: Tensor) -> bool:
+        return x.ndim <= 2 and not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
+
+    def norm(self, x: Num[Tensor, "batch *time"]) -> Num[Tensor, " batch"]:
+        return torch.ones(x.shape[0], device=x.device)
+
+    def dual(self, gradient: Num[Tensor, "batch *time"]) -> Num[Tensor, " batch"]:
+        raise SpaceMismatch("a gradient with respect to Tokens was asked for, but integer ids have none")
+
+
+@dataclass(frozen=True, repr=False)
+class Tuple(Space):
+    """Several activations side by side, each measured on its own; the norm is the largest."""
+
+    parts: tuple[Space, ...]
+    shape: ClassVar[str] = "a tuple of tensors"
+    kind: ClassVar[type] = tuple
+
+    @property
+    def width(self) -> int:
+        return sum(part.width for part in self.parts)
+
+    def fits(self, x: Tensor) -> bool:
+        return (
+            isinstance(x, tuple)
+            and len(x) == len(self.parts)
+            and all(isinstance(y, part.kind) and part.fits(y) for part, y in zip(self.parts, x, strict=True))
+        )
+
+    def norm(self, x: Num[Tensor, "batch *shape"]) -> Num[Tensor, " batch"]:
+        return torch.stack([part.norm(y) for part, y in zip(self.parts, x, strict=True)]).amax(0)
+
+    def dual(self, gradient: Num[Tensor, "batch *shape"]) -> Num[Tensor, " batch"]:
+        return torch.stack([part.dual(g) for part, g in zip(self.parts, gradient, strict=True)]).sum(0)
+
+    def __repr__(self) -> str:
+        return f"({', '.join(map(str, self.parts))})"
