@@ -1,0 +1,213 @@
+"""Classification data sets by name, ready for training: standardised, flattened, each sample of RMS norm 1."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from modula_agd.error import InvalidArgument
+from modula_agd.train.extras import require
+from modula_agd.train.pixels import DataError, Pixels, from_hub, from_parquet
+
+Images = Shaped[Tensor, "batch channels height width"]
+Rows = Float[Tensor, "batch features"]
+
+HUB = "hub:"
+_DIGITS_SPLIT_SEED = 0
+
+
+class Examples(NamedTuple):
+    """Inputs and their labels.
+
+    Args:
+        inputs: one row per sample, RMS 1 (a sample that equals the training mean stays 0).
+        labels: class indices.
+    """
+
+    inputs: Float[Tensor, "batch features"]
+    labels: Int[Tensor, " batch"]
+
+    def to(self, device: torch.device | str) -> "Examples":
+        """The same examples on another device."""
+        return Examples(self.inputs.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Classification:
+    """A classification data set.
+
+    Args:
+        name: as the user named it.
+        classes: number of classes, ≥ 1.
+        shape: channels, height and width that a row of inputs was flattened from.
+        train: examples to learn from.
+        validation: examples held out.
+    """
+
+    name: str
+    classes: int
+    shape: tuple[int, int, int]
+    train: Examples
+    validation: Examples
+
+    @property
+    def features(self) -> int:
+        """Features per sample."""
+        return self.train.inputs.shape[1]
+
+    def to(self, device: torch.device | str) -> "Classification":
+        """The same data set on another device."""
+        return Classification(self.name, self.classes, self.shape, self.train.to(device), self.validation.to(device))
+
+
+def classification(name: str, folder: Path | None = None) -> Classification:
+    """Load a data set.
+
+    Args:
+        name: "digits", which scikit-learn brings along; "mnist" or "cifar10", Parquet files; or "hub:NAME".
+        folder: where ``train.parquet`` and ``test.parquet`` lie, or the folder above, with ``name/train.parquet``.
+
+    Returns:
+        The data set on the CPU; the test file (of digits: a fixed fifth) is held out as ``validation``.
+
+    Raises:
+        DataError: a file is missing or unreadable, or does not hold labelled images.
+        InvalidArgument: the name is unknown.
+    """
+    if name.startswith(HUB):
+        return _from_pixels(name, from_hub(name.removeprefix(HUB)), None)
+    if name not in _LOADERS:
+        raise InvalidArgument(f"there is no data set {name!r}; choose one of {', '.join(_LOADERS)}, or {HUB}NAME")
+    return _LOADERS[name](name, folder)
+
+
+def data_file(name: str, folder: Path | None, file: str) -> Path:
+    """The path of a data set's file: in ``folder``, or in ``folder/name``.
+
+    Raises:
+        DataError: no folder was given, or the file is in neither place.
+    """
+    if folder is None:
+        raise DataError(f"the data set {name!r} is read from files, but no folder was given. Name it with --data-dir.")
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder. Name the one that holds {file} with --data-dir.")
+    places = (folder / file, folder / name / file)
+    for place in places:
+        if place.is_file():
+            return place
+    raise DataError(
+        f"the data set {name!r} needs {file}, but neither {places[0]} nor {places[1]} is a file. "
+        "Name the folder that holds it with --data-dir."
+    )
+
+
+def batches(
+    count: int, size: int, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Iterator[Int[Tensor, " batch"]]:
+    """Indices of minibatches without end: one freshly shuffled epoch after another.
+
+    The last, partial batch of an epoch is dropped, unless there are fewer samples than one batch.
+
+    Args:
+        count: number of samples, ≥ 1.
+        size: samples per batch, ≥ 1.
+        generator: source of the shuffles, on the CPU, so that every device sees the same batches.
+        device: where the indices shall live.
+    """
+    while True:
+        order = torch.randperm(count, generator=generator).to(device)
+        yield from order.split(size)[: batches_per_epoch(count, size)]
+
+
+def batches_per_epoch(count: int, size: int) -> int:
+    """How many minibatches ``batches`` makes of one epoch."""
+    return count // min(size, count)
+
+
+def standardise(train: Images, held_out: Images) -> tuple[Rows, Rows]:
+    """Images as rows of RMS norm 1, after standardising each channel by the training images' mean and deviation.
+
+    The network's bound assumes inputs of norm at most 1; this makes it true.
+
+    Args:
+        train: any real dtype.
+        held_out: images of the same shape.
+
+    Returns:
+        Both in float32. A channel that is constant in training is only centred; an image at the mean stays 0.
+    """
+    values = train.to(torch.float32)
+    deviation, mean = torch.std_mean(values, dim=(0, 2, 3), correction=0, keepdim=True)
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+
+    def rows(images: Tensor) -> Tensor:
+        flat = rearrange((images - mean).div_(deviation), "b c h w -> b (c h w)")
+        rms = torch.linalg.vector_norm(flat, dim=1, keepdim=True) / flat.shape[1] ** 0.5
+        return flat.div_(torch.where(rms > 0, rms, 1.0))
+
+    return rows(values), rows(held_out)
+
+
+def _from_pixels(name: str, splits: dict[str, Pixels], classes: int | None) -> Classification:
+    train, test = splits["train"], splits["test"]
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise DataError(
+            f"{train.source} holds images of shape {tuple(train.images.shape[1:])} (channels, height, width), but "
+            f"{test.source} of shape {tuple(test.images.shape[1:])}. Both must be alike."
+        )
+    classes = classes or train.classes or int(train.labels.max()) + 1
+    for split in splits.values():
+        if int(split.labels.max()) >= classes:
+            row = int((split.labels >= classes).nonzero()[0])
+            raise DataError(
+                f"{split.source}, row {row}, has the label {int(split.labels[row])}, but {name} has {classes} classes, "
+                f"labelled 0 to {classes - 1}. Correct the labels, or check that this is the right file."
+            )
+    channels, height, width = train.images.shape[1:]
+    inputs, held_out = standardise(train.images, test.images)
+    return Classification(
+        name,
+        classes,
+        (channels, height, width),
+        Examples(inputs, train.labels),
+        Examples(held_out, test.labels),
+    )
+
+
+def _parquet(name: str, folder: Path | None) -> Classification:
+    files = {split: data_file(name, folder, f"{split}.parquet") for split in ("train", "test")}
+    return _from_pixels(name, from_parquet(files), 10)
+
+
+def _digits(name: str, folder: Path | None) -> Classification:
+    require("the digits data set", "sklearn")
+    from sklearn.datasets import load_digits
+
+    pixels, targets = load_digits(return_X_y=True)
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(_DIGITS_SPLIT_SEED))
+    images = rearrange(torch.from_numpy(pixels).to(torch.uint8)[order], "b (c h w) -> b c h w", c=1, h=8)
+    labels = torch.from_numpy(targets).long()[order]
+    cut = len(labels) * 4 // 5
+    return _from_pixels(
+        name,
+        {
+            "train": Pixels(images[:cut], labels[:cut], 10, "digits (train)"),
+            "test": Pixels(images[cut:], labels[cut:], 10, "digits (test)"),
+        },
+        10,
+    )
+
+
+_LOADERS: dict[str, Callable[[str, Path | None], Classification]] = {
+    "digits": _digits,
+    "mnist": _parquet,
+    "cifar10": _parquet,
+}
+
+NAMES = tuple(_LOADERS)
+"""The classification data sets that have a name of their own."""

@@ -1,0 +1,108 @@
+"""The folder of one run: log, checkpoint, configuration, plot."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from modula_agd.error import InvalidArgument
+from modula_agd.train.checkpoint import replace
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One line of the log.
+
+    Args:
+        step: updates made so far.
+        epoch: passes over the training data, fractional.
+        train_loss: mean loss of the minibatches since the last evaluation; None before the first update, and where it
+            is not finite, as are the other figures.
+        train_accuracy: share of their samples classified rightly, 0 to 1.
+        val_loss: mean loss over the held-out data.
+        val_accuracy: share of the held-out samples classified rightly, 0 to 1.
+        eta: η of the last update, dimensionless.
+        seconds: wall time since training began, evaluations included.
+        relative_update: ‖ΔW‖_F/‖W‖_F of each parameter in the last update; None where the weight was 0.
+    """
+
+    step: int
+    epoch: float
+    train_loss: float | None
+    train_accuracy: float | None
+    val_loss: float | None
+    val_accuracy: float | None
+    eta: float | None
+    seconds: float
+    relative_update: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's files.
+
+    Args:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def plot(self) -> Path:
+        return self.path / "plot.png"
+
+    def check(self, *, overwrite: bool) -> None:
+        """Refuse a folder that holds something, before any work is done.
+
+        Args:
+            overwrite: allow it; ``create`` will replace an earlier run's files and leave others alone.
+
+        Raises:
+            InvalidArgument: the folder is not empty, or is a file.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InvalidArgument(f"the run folder {self.path} is a file. Name another with --out.")
+        if not overwrite and self.path.is_dir() and any(self.path.iterdir()):
+            raise InvalidArgument(
+                f"the run folder {self.path} is not empty. Name another with --out, or replace that run with --overwrite."
+            )
+
+    def create(self, config: Mapping[str, Any]) -> None:
+        """Make the folder, drop an earlier run's files from it, and write the configuration."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file in (self.log, self.checkpoint, self.config, self.plot):
+            file.unlink(missing_ok=True)
+        replace(self.config, (json.dumps(config, indent=2) + "\n").encode())
+
+    def append(self, evaluation: Evaluation) -> None:
+        """Add one line to the log, on disk before this returns to the loop."""
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(evaluation), allow_nan=False) + "\n")
+
+
+def fresh(parent: Path, name: str) -> RunFolder:
+    """A folder name under ``parent`` that no earlier run has: the given name and the time.
+
+    Args:
+        parent: need not exist.
+        name: describes the run.
+    """
+    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    path, copy = parent / stem, 2
+    while path.exists():
+        path, copy = parent / f"{stem}-{copy}", copy + 1
+    return RunFolder(path)
