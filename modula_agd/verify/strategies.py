@@ -1,0 +1,188 @@
+"""Hypothesis strategies: draws, spaces, and whole module trees built from the algebra, of bounded size.
+
+Everything drawn is plain data or a module, whose ``repr`` is code; Hypothesis shrinks towards small widths, few parts,
+step sizes of 0 and seed 0.
+"""
+
+import math
+from typing import Any
+
+from hypothesis import strategies as st
+
+from modula_agd.atom import Bias, Conv2d, Embedding, Linear, Scale
+from modula_agd.bond import (
+    GELU,
+    Abs,
+    AvgPool2d,
+    Identity,
+    LeakyReLU,
+    MaxPool2d,
+    Mean,
+    Multiply,
+    ReLU,
+    Sigmoid,
+    SiLU,
+    Tanh,
+    UnitBall,
+)
+from modula_agd.loss import BinaryCrossEntropy, CrossEntropy, Huber, Loss, SquareLoss
+from modula_agd.module import Module
+from modula_agd.space import Features, Image, Logits, Sequence, Space
+from modula_agd.verify.descent_laws import Objective
+from modula_agd.verify.draw import (
+    INPUT_KINDS,
+    INPUT_STEP_KINDS,
+    MATRIX_KINDS,
+    STEP_KINDS,
+    LossDraw,
+    ModuleDraw,
+    NormDraw,
+)
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def log_uniform(low: float, high: float) -> st.SearchStrategy[float]:
+    """Numbers whose logarithm is spread evenly between those of low and high."""
+    return st.floats(math.log(low), math.log(high), allow_nan=False).map(math.exp)
+
+
+def relative_steps() -> st.SearchStrategy[float]:
+    """Relative steps: none, and 1e-6 to 2."""
+    return st.one_of(st.just(0.0), log_uniform(1e-6, 2.0))
+
+
+def module_draws(side: int | None = None) -> st.SearchStrategy[ModuleDraw]:
+    """Draws for the laws of a module, one in five with an attack.
+
+    Args:
+        side: positions of a sequence and pixels along each side of an image; 2 to 4 where not given.
+    """
+    return st.builds(
+        ModuleDraw,
+        seed=SEEDS,
+        weights=st.sampled_from(MATRIX_KINDS),
+        steps=st.sampled_from(STEP_KINDS),
+        inputs=st.sampled_from(INPUT_KINDS),
+        input_steps=st.sampled_from(INPUT_STEP_KINDS),
+        magnitude=log_uniform(1e-3, 1e3),
+        t=relative_steps(),
+        input_step=relative_steps(),
+        batch=st.integers(1, 3),
+        side=st.integers(2, 4) if side is None else st.just(side),
+        attack=st.sampled_from([0, 0, 0, 0, 4]),
+    )
+
+
+def norm_draws(widest: int = 15) -> st.SearchStrategy[NormDraw]:
+    """Draws for the laws of a norm; scales from 10^−widest to 10^widest."""
+    kinds = st.sampled_from(MATRIX_KINDS)
+    return st.builds(NormDraw, seed=SEEDS, kind=kinds, other=kinds, exponent=st.integers(-widest, widest))
+
+
+def loss_draws() -> st.SearchStrategy[LossDraw]:
+    """Draws for the laws of a loss."""
+    return st.builds(
+        LossDraw,
+        seed=SEEDS,
+        width=st.integers(1, 6),
+        batch=st.integers(1, 3),
+        scale=st.one_of(st.just(0.0), log_uniform(1e-2, 30.0)),
+        delta=log_uniform(1e-3, 30.0),
+        change=st.sampled_from(("gaussian", "sign", "spike", "residual")),
+        soft=st.booleans(),
+        attack=st.sampled_from([0, 0, 0, 0, 4]),
+    )
+
+
+WIDTHS = st.integers(1, 5)
+FACTORS = st.sampled_from([-1.5, -1.0, 0.25, 0.5, 2.0])
+KINKED = (ReLU, Abs, LeakyReLU, UnitBall)
+SMOOTH = (GELU, SiLU, Tanh, Sigmoid, Identity)
+
+
+def linears(fan_out: Any, fan_in: Space, smooth: bool) -> st.SearchStrategy[Module]:
+    """A Linear, possibly with a Bias and a Scale, each of random mass."""
+
+    def build(mass: float, bias: bool, scale: bool) -> Module:
+        layer: Module = Linear(fan_out, fan_in, mass=mass)
+        if scale:
+            layer = Scale(layer.codomain) @ layer  # pyright: ignore[reportArgumentType]
+        return Bias(layer.codomain) @ layer if bias else layer  # pyright: ignore[reportArgumentType]
+
+    return st.builds(build, st.sampled_from([1.0, 0.5, 2.0]), st.booleans(), st.booleans())
+
+
+def _bonds(space: Space, smooth: bool) -> st.SearchStrategy[Module]:
+    kinds = SMOOTH if smooth else SMOOTH + KINKED
+    return st.sampled_from([kind for kind in kinds if not (kind is UnitBall and space.max_norm)]).map(
+        lambda kind: kind().bind(space)
+    )
+
+
+@st.composite
+def same_space_modules(draw: st.DrawFn, space: Space, size: int, smooth: bool = False) -> Module:
+    """A module from a space (Features, Sequence or Image) to itself, of at most about ``size`` layers."""
+    if size <= 1:
+        if isinstance(space, Image):
+            layer: Module = Conv2d(space.width, space.width, draw(st.sampled_from([1, 3])), padding=0)
+            layer = (
+                Conv2d(space.width, space.width, 3, padding=1)
+                if draw(st.booleans())
+                else Conv2d(space.width, space.width, 1)
+            )
+        else:
+            layer = draw(linears(space, space, smooth))
+        return layer if draw(st.booleans()) else draw(_bonds(space, smooth))
+    shape = draw(st.sampled_from(["compose", "sum", "scaled", "power", "product"]))
+    part = same_space_modules(space, size // 2, smooth)
+    if shape == "compose":
+        return draw(part) @ draw(part)
+    if shape == "sum":
+        return draw(FACTORS) * draw(part) + draw(part)
+    if shape == "scaled":
+        return draw(FACTORS) * draw(part)
+    if shape == "power":
+        return draw(same_space_modules(space, size // 3, smooth)) ** draw(st.integers(1, 3))
+    return Multiply() @ (draw(part), draw(part))
+
+
+@st.composite
+def networks(draw: st.DrawFn, size: int = 6, smooth: bool = False) -> Module:
+    """A whole network, [batch, ...] to [batch, outputs]: a stem from features, an image, a sequence or tokens; a trunk; a head.
+
+    Args:
+        size: about how many layers.
+        smooth: whether only modules with a second-order bound are drawn.
+    """
+    width, outputs = draw(WIDTHS), draw(st.integers(1, 4))
+    stem = draw(st.sampled_from(["features", "image", "sequence", "tokens"]))
+    head: Space = draw(st.sampled_from([Features(outputs), Logits(outputs)]))
+    if stem == "features":
+        space: Space = Features(width)
+        return draw(linears(head, space, smooth)) @ draw(same_space_modules(space, size, smooth))
+    if stem == "image":
+        space = Image(width)
+        trunk: Module = draw(same_space_modules(space, size, smooth))
+        if not smooth and draw(st.booleans()):
+            trunk = MaxPool2d(2) @ trunk
+        elif draw(st.booleans()):
+            trunk = AvgPool2d(2) @ trunk
+        return draw(linears(head, Features(width), smooth)) @ Mean() @ trunk
+    space = Sequence(width)
+    trunk = draw(same_space_modules(space, size, smooth))
+    if stem == "tokens":
+        trunk = trunk @ Embedding(width, draw(st.integers(1, 4)))
+    return draw(linears(head, Features(width), smooth)) @ Mean() @ trunk
+
+
+def losses() -> st.SearchStrategy[Loss]:
+    """Every loss with a proved bound."""
+    return st.sampled_from(
+        [SquareLoss(), CrossEntropy(), CrossEntropy(label_smoothing=0.1), BinaryCrossEntropy(), Huber(0.7)]
+    )
+
+
+def objectives(size: int = 4, smooth: bool = False) -> st.SearchStrategy[Objective]:
+    """A network with a loss."""
+    return st.builds(Objective, networks(size, smooth), losses())
