@@ -5,12 +5,14 @@
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+# processes of the tests; each computes with one thread
+JOBS ?= 2
 
 BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format slow clean
+.PHONY: help demo test lint format verify slow clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -24,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## train an MLP on scikit-learn's digits, a minute or less
-	$(BIN)/modula-agd train --data digits --arch fcn --depth 3 --width 128 --epochs 30 --batch-size 64
+	$(BIN)/modula-agd train --data digits --arch fcn --depth 3 --width 128 --epochs 30 --batch-size 64 --threads 1
 
 lint: $(READY)  ## ruff and pyright
 	$(BIN)/ruff check
@@ -32,7 +34,10 @@ lint: $(READY)  ## ruff and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint  ## lint, then the quick tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
+
+verify: $(READY)  ## every law on ten times as many cases, and the independent cross-check
+	$(BIN)/python -m pytest -n $(JOBS) --cases 500 --timeout 3600 tests/verify -m "not gpu"
 
 slow: $(READY)  ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"

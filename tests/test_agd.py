@@ -137,6 +137,16 @@ def test_every_named_method_lowers_the_loss(name: str) -> None:
     assert state.steps.item() == 20
 
 
+def test_the_published_method_counts_tensors_and_takes_magnitude_1_whatever_the_bound_says() -> None:
+    net = 3 * (Linear(3, 4) + Bias(3, size=5.0) @ Linear(3, 4))
+    assert (net.bound().ceiling, net.bound().magnitude) == (1, 21)
+    params, inputs, _ = problem(net)
+    _, state = step(published(net, SquareLoss()), params, inputs, gaussian(7, 3, seed=3))
+    gradient = state.descent.item() / 3
+    assert state.eta.item() == pytest.approx(math.log((1 + math.sqrt(1 + 4 * gradient)) / 2))
+    assert state.t.item() == pytest.approx(state.eta.item() / 3)
+
+
 def test_tracked_sizes_bound_the_current_norms_and_keep_their_floors() -> None:
     method = agd(NET, CrossEntropy(), sizes="tracked")
     params, *batch = problem()

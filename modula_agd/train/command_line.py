@@ -31,6 +31,8 @@ def run(options: argparse.Namespace) -> int:
         Exit status: 0 done, 130 interrupted (what there is was saved).
     """
     require("modula-agd train", "matplotlib", "safetensors", "tqdm")
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if options.data == _TEXT:
         raise InvalidArgument(
             f"training on {_TEXT} needs the small transformer, which arrives in a later version. Choose one of "
@@ -49,7 +51,9 @@ def run(options: argparse.Namespace) -> int:
         f"{data.features} features, {data.classes} classes; {schedule.steps:,} steps of "
         f"{min(schedule.batch_size, len(data.train.labels))} on {device}"
     )
-    config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    config = {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items() if name != "run"
+    }
     resolved = {
         "out": str(folder.path),
         "device": str(device),
@@ -173,6 +177,7 @@ def configure(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
     )
+    group.add_argument("--threads", type=natural, metavar="N", help="processor threads (default: torch's choice)")
     group.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one under runs/)")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
