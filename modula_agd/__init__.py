@@ -1,8 +1,6 @@
 """Train neural networks without a learning rate, and know why each step is safe."""
 
 from modula_agd.agd import METHODS as METHODS
-from modula_agd.agd import Method as Method
-from modula_agd.agd import State as State
 from modula_agd.agd import agd as agd
 from modula_agd.agd import published as published
 from modula_agd.atom import Bias as Bias
@@ -51,6 +49,8 @@ from modula_agd.majorisation import Certified as Certified
 from modula_agd.majorisation import ClosedForm as ClosedForm
 from modula_agd.majorisation import Evidence as Evidence
 from modula_agd.majorisation import ExactGrowth as ExactGrowth
+from modula_agd.method import Method as Method
+from modula_agd.method import State as State
 from modula_agd.module import Module as Module
 from modula_agd.norm import RMS as RMS
 from modula_agd.norm import Frobenius as Frobenius

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modula_agd.agd import Method, State, agd
+from modula_agd.agd import agd
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence
+from modula_agd.method import Method, State
 from modula_agd.torch_module import TorchModule
 
 

@@ -29,6 +29,7 @@ ROWS = (
     ("layer", "loss"),
     ("atom", "bond"),
     ("compound", "majorisation"),
+    ("method",),
     ("agd",),
     ("optimizer",),
     ("command_line",),

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from modula_agd.agd import Method, State, agd
+from modula_agd.agd import agd
 from modula_agd.bound import source
 from modula_agd.loss import Loss, SquareLoss
 from modula_agd.majorisation import Certified, ClosedForm, ExactGrowth
+from modula_agd.method import Method, State
 from modula_agd.module import Module, Step
 from modula_agd.space import Space
 from modula_agd.verify.draw import ModuleDraw
