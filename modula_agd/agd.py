@@ -71,7 +71,10 @@ def agd(
 
 
 def published(network: Module, loss: Loss) -> Method:
-    """AGD exactly as published: Frobenius directions, depth counted in parameter tensors, magnitude and sizes 1."""
+    """AGD exactly as published: Frobenius directions, depth counted in parameter tensors, magnitude 1, declared sizes.
+
+    The declared size is 1 for every weight matrix. The paper has no biases; here a ``Bias`` counts with its own size.
+    """
     tensors = sum(1 for _ in network.atoms())
     return agd(network, loss, direction="frobenius", search=ClosedForm(depth=tensors, magnitude=1.0))
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from modula_agd import bound as algebra
 from modula_agd.bound import Bound, Gain
-from modula_agd.error import SpaceMismatch
+from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.layer import Bond
 from modula_agd.space import Features, Image, Logits, Sequence, Space, Tuple, positive
 
@@ -236,6 +236,18 @@ class Mean(_Linear):
         return "Mean()"
 
 
+def _window(bond: "AvgPool2d | MaxPool2d") -> None:
+    """Check the numbers of a pooling layer."""
+    kind = type(bond).__name__
+    positive(f"the kernel of {kind}", bond.kernel)
+    if bond.stride is not None:
+        positive(f"the stride of {kind}", bond.stride)
+    if bond.padding < 0 or 2 * bond.padding > bond.kernel:
+        raise InvalidArgument(
+            f"{kind} was given padding={bond.padding}; it lies between 0 and half the kernel, {bond.kernel}"
+        )
+
+
 def _image(bond: Bond, domain: Space) -> Space:
     if not isinstance(domain, Image):
         raise SpaceMismatch(f"{bond!r} pools an Image, but the module before it gives {domain}")
@@ -261,6 +273,9 @@ class AvgPool2d(_Linear):
     kernel: int
     stride: int | None = None
     padding: int = 0
+
+    def __post_init__(self) -> None:
+        _window(self)
 
     def codomain_of(self, domain: Space) -> Space:
         return _image(self, domain)
@@ -291,6 +306,9 @@ class MaxPool2d(Bond):
     stride: int | None = None
     padding: int = 0
     at_zero: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        _window(self)
 
     @property
     def gain(self) -> Gain:

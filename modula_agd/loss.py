@@ -96,13 +96,24 @@ class Loss(ABC):
         return codomain.dual(self.gradient(outputs, targets)).mean()
 
 
-def one_hot(labels: Int[Tensor, " batch"], classes: int) -> Float[Tensor, "batch classes"]:
-    """Class indices as targets of a square loss: one-hot times sqrt(classes), of RMS 1 (arXiv:2304.05187, section 4)."""
+def one_hot(
+    labels: Int[Tensor, " batch"], classes: int, dtype: torch.dtype | None = None
+) -> Float[Tensor, "batch classes"]:
+    """Class indices as targets of a square loss: one-hot times sqrt(classes), of RMS 1 (arXiv:2304.05187, section 4).
+
+    Args:
+        labels: class indices, 0 to classes − 1; looked at once, so call this before training rather than in a step.
+        classes: number of classes.
+        dtype: of the targets; the default dtype where not given.
+
+    Raises:
+        InvalidArgument: a label is out of range.
+    """
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise InvalidArgument(
             f"one_hot was given labels from {int(labels.min())} to {int(labels.max())} for {classes} classes, 0..{classes - 1}"
         )
-    return functional.one_hot(labels.long(), classes).to(torch.get_default_dtype()) * math.sqrt(classes)
+    return functional.one_hot(labels.long(), classes).to(dtype or torch.get_default_dtype()) * math.sqrt(classes)
 
 
 def _same_shape(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
@@ -191,7 +202,12 @@ class CrossEntropy(Loss):
         flat = targets.flatten().long() if indices else targets.flatten(0, -2)
         try:
             losses = functional.cross_entropy(
-                outputs.flatten(0, -2), flat, reduction="none", label_smoothing=self.label_smoothing
+                outputs.flatten(0, -2),
+                flat,
+                reduction="none",
+                label_smoothing=self.label_smoothing,
+                # torch would leave out index −100 without a word, and the mean would count it as learnt
+                ignore_index=-(2**31),
             )
         except IndexError as error:
             raise InvalidArgument(

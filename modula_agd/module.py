@@ -224,6 +224,8 @@ class Module(ABC):
         return Scaled(float(factor), self)
 
     def __mul__(self, factor: float) -> "Module":
+        if isinstance(factor, Module):
+            raise InvalidArgument(f"{self!r} * {factor!r}: modules compose with @ and multiply as Multiply() @ (a, b)")
         raise InvalidArgument(f"{self!r} * {factor!r}: write the number at the left, ({factor!r} * module)")
 
     def __pow__(self, copies: int) -> "Module":

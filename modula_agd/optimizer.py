@@ -42,6 +42,19 @@ class AGD(torch.optim.Optimizer):
         self.current: State = self.method.init(self._parameters())
         self._watched: tuple[Tensor, torch.Event] | None = None
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the network's parameters are one group, made at construction; ``with_mass`` sets a part's share.
+
+        Raises:
+            InvalidArgument: always, but for the first group.
+        """
+        if self.param_groups:
+            raise InvalidArgument(
+                "add_param_group was called on AGD, whose step is one number for the whole network. "
+                "Give a part its own share with module.with_mass(...), or freeze it with with_mass(0)."
+            )
+        super().add_param_group(param_group)
+
     def _parameters(self) -> dict[str, Tensor]:
         return dict(zip(self._names, self.param_groups[0]["params"], strict=True))
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from modula_agd.device import precise
+from modula_agd.error import InvalidArgument
 from modula_agd.rescale import rescale
 
 SMALLEST = 1e-3
@@ -88,6 +89,8 @@ def largest_singular_value_bound(
     Returns:
         Upper bounds in the matrix's units, rounded up by the worst case of the products' rounding errors.
     """
+    if iterations < 1:
+        raise InvalidArgument(f"a bound by {iterations} Gram iterations was asked for; it takes at least 1")
     x, peak = rescale(matrix.to(working_dtype(matrix.dtype)), (-2, -1))
     gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
     # log σ_max is gathered in double precision; each squaring halves the weight of what has been divided out

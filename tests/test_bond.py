@@ -379,3 +379,12 @@ def test_silu_is_the_gate_of_itself() -> None:
     x = gaussian(5, 4)
     gated = (Multiply() @ (Sigmoid(), Identity()))({}, x)
     assert torch.allclose(gated, functional.silu(x))
+
+
+@pytest.mark.parametrize("pool", [AvgPool2d, MaxPool2d])
+@pytest.mark.parametrize(
+    "numbers", [{"kernel": 0}, {"kernel": 2, "stride": 0}, {"kernel": 2, "padding": -1}, {"kernel": 2, "padding": 2}]
+)
+def test_pooling_checks_its_numbers(pool, numbers) -> None:
+    with pytest.raises(InvalidArgument):
+        pool(**numbers)

@@ -295,3 +295,13 @@ def test_one_hot_targets_have_rms_1() -> None:
 def test_one_hot_refuses_labels_outside_the_classes(labels: list[int]) -> None:
     with pytest.raises(InvalidArgument, match=r"3 classes, 0\.\.2"):
         one_hot(torch.tensor(labels), 3)
+
+
+@pytest.mark.parametrize("index", [-100, -1, 3])
+def test_no_class_index_is_ignored_in_silence(index: int) -> None:
+    with pytest.raises(InvalidArgument, match=r"0\.\.2"):
+        CrossEntropy()(torch.zeros(2, 3), torch.tensor([0, index]))
+
+
+def test_one_hot_in_double_precision_is_not_rounded_to_single() -> None:
+    assert one_hot(torch.tensor([1]), 3, torch.float64)[0, 1].item() == math.sqrt(3)

@@ -288,3 +288,11 @@ def test_a_torch_face_can_be_copied_and_pickled(net: Module, duplicate: Any) -> 
     with torch.no_grad():
         next(other.parameters()).zero_()
     assert next(model.parameters()).any()
+
+
+def test_a_second_parameter_group_is_refused() -> None:
+    network = Linear(2, 3)
+    optimizer = AGD(network.to_torch(0), SquareLoss())
+    with pytest.raises(InvalidArgument, match="with_mass"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, 3))]})
+    assert len(optimizer.param_groups) == 1
