@@ -87,8 +87,10 @@ class AGD(torch.optim.Optimizer):
         """On an accelerator, ask for the descents of this step without waiting for the answer."""
         device = self.current.descents.device
         if device.type != "cpu" and self.method.nonfinite == "raise" and self._watched is None:
+            # only a copy into pinned memory leaves the host free
+            landing = torch.empty_like(self.current.descents, device="cpu", pin_memory=True)
             arrived = torch.Event(device)
-            self._watched = self.current.descents.to("cpu", non_blocking=True), arrived
+            self._watched = landing.copy_(self.current.descents, non_blocking=True), arrived
             arrived.record()
 
     def _look(self) -> None:
