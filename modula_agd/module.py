@@ -236,7 +236,7 @@ class Module(ABC):
         return result
 
     def __str__(self) -> str:
-        rows = [Row(name, repr(atom), atom.shape, repr(atom.norm), atom.mass) for name, atom in self.atoms()]
+        rows = [Row(name, repr(atom), atom.shape, str(atom.norm), atom.mass) for name, atom in self.atoms()]
         try:
             return summary(rows, self.bound())
         except UnknownBound:

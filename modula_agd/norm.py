@@ -229,6 +229,9 @@ class RowNorm(BlockNorm):
     def factor(self, shape: torch.Size) -> float:
         return self.scale
 
+    def __str__(self) -> str:
+        return f"RowNorm({self.scale:.4g})"
+
     def dims(self, shape: torch.Size) -> tuple[int, ...]:
         return (-1,)
 
@@ -308,6 +311,9 @@ class PerTap(Norm):
         stack = (math.prod(kernel), self.groups, fan_out // self.groups, fan_in)
         taps = self.inner.draw(stack, generator, generator.device, drawing_dtype(generator))
         return self._kernel(taps / self.gain, shape).to(device, dtype).contiguous()
+
+    def __str__(self) -> str:
+        return f"PerTap({self.inner}, {self.gain:.4g})"
 
     @property
     def euclidean(self) -> Norm:

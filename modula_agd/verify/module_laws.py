@@ -78,6 +78,10 @@ class Case:
         start = Bound(self.magnitude, 1 + self.input_step, error=0.0, depth=0.0, ceiling=0.0)
         return self.module.propagate(start, Step(t, "proved"))
 
+    def units(self, bound: Bound) -> float:
+        """The size of what is rounded: outputs, and γ − 1 of the input, whose error the input's magnitude multiplies."""
+        return float(bound.magnitude * bound.growth) + self.magnitude * (1 + self.input_step)
+
     @property
     def slack(self) -> float:
         """Relative rounding of one evaluation of the module."""
@@ -129,7 +133,7 @@ class Growth(ModuleLaw):
         lhs = case.codomain.norm(change).amax()
         bound = case.bound(draw.t)
         rhs = side(bound.magnitude * (bound.growth - 1), lhs)
-        return Measurement(lhs, rhs, float(bound.magnitude * bound.growth) * 2 * case.slack)
+        return Measurement(lhs, rhs, case.units(bound) * 2 * case.slack)
 
 
 class SecondOrder(ModuleLaw):
@@ -151,7 +155,7 @@ class SecondOrder(ModuleLaw):
         lhs = case.codomain.norm(change - linear).amax()
         bound = case.bound(draw.t)
         rhs = side(bound.magnitude * bound.error, lhs)
-        return Measurement(lhs, rhs, float(bound.magnitude * bound.growth) * 4 * case.slack)
+        return Measurement(lhs, rhs, case.units(bound) * 4 * case.slack)
 
 
 class CeilingDepth(ModuleLaw):
