@@ -1,5 +1,6 @@
 """Methods from a network and a loss: ``agd`` with its options, AGD as published, and the named configurations."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -39,7 +40,11 @@ def agd(
         SpaceMismatch: network and loss are not what they should be.
         UnknownBound: the search needs a bound that the network does not have.
     """
-    search = search or ExactGrowth()
+    search = ExactGrowth() if search is None else search
+    if not isinstance(search, Search):
+        raise InvalidArgument(
+            f"agd was given search={search!r}; pass an instance such as ExactGrowth() or ClosedForm()"
+        )
     if not isinstance(network, Module) or not isinstance(loss, Loss):
         raise SpaceMismatch(
             f"agd(network, loss) takes a modula_agd module and a modula_agd loss, but got {type(network).__name__} and "
@@ -60,8 +65,8 @@ def agd(
             f"a certified search was combined with {sizes} sizes and {constants} constants, which certify nothing. "
             "Leave both out: it takes tracked sizes and proved constants."
         )
-    if not magnitude > 0:
-        raise InvalidArgument(f"agd was given magnitude={magnitude}; the inputs' norm bound must be > 0")
+    if not isinstance(magnitude, int | float) or not 0 < magnitude < math.inf:
+        raise InvalidArgument(f"agd was given magnitude={magnitude!r}; the inputs' norm bound must be > 0 and finite")
     if all(atom.mass == 0 for _, atom in network.atoms()):
         raise InvalidArgument(f"{network!r} has no weight to train: every atom has mass 0, or there is none")
     method = Method(network, loss, direction, search, sizes, constants, float(magnitude), nonfinite)

@@ -29,7 +29,10 @@ from modula_agd.space import Features, Image, Logits, Sequence, Space, Tokens, p
 
 
 def _features(space: int | Space) -> Space:
-    return Features(space) if isinstance(space, int) else space
+    if isinstance(space, Space):
+        return space
+    positive("a fan, where it is not a space,", space)
+    return Features(int(space))
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Linear(Atom):
 
     @property
     def codomain(self) -> Space:
-        return type(self.domain)(self.fan_out) if isinstance(self.fan_out, int) else self.fan_out  # pyright: ignore
+        return type(self.domain)(_features(self.fan_out).width) if not isinstance(self.fan_out, Space) else self.fan_out  # pyright: ignore
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -119,7 +122,10 @@ class Conv2d(Atom):
     @property
     def sides(self) -> tuple[int, int]:
         """Kernel height and width."""
-        return (self.kernel, self.kernel) if isinstance(self.kernel, int) else self.kernel
+        if isinstance(self.kernel, tuple) and len(self.kernel) == 2:
+            return self.kernel
+        positive("the kernel of a Conv2d, where it is not a pair (height, width),", self.kernel)  # pyright: ignore
+        return self.kernel, self.kernel  # pyright: ignore
 
     @property
     def domain(self) -> Space:
@@ -199,7 +205,7 @@ class Embedding(Atom):
 
     def forward(self, weight: Tensor, x: Tensor) -> Tensor:
         try:
-            return functional.embedding(x, weight)
+            return functional.embedding(x.long(), weight)
         except IndexError as error:
             raise InvalidArgument(
                 f"{self!r} was given a token id outside 0..{self.tokens - 1}. Check the vocabulary size."

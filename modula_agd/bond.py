@@ -126,6 +126,8 @@ def ReLU() -> Elementwise:
 
 def LeakyReLU(slope: float = 0.01) -> Elementwise:
     """x for x ≥ 0, slope·x below."""
+    if not isinstance(slope, int | float) or not math.isfinite(slope):
+        raise InvalidArgument(f"LeakyReLU was given slope={slope!r}, which must be a finite number")
     steeper = max(1.0, abs(slope))
     near = (0.0, 1.0) if steeper == 1 else (-1.0, 0.0)
     return Elementwise(_fact(f"LeakyReLU[{slope:g}]", _Leaky(slope), steeper, near, math.sqrt((1 + slope**2) / 2)))

@@ -8,7 +8,7 @@ layer is part of, the step, follows.
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -21,6 +21,17 @@ from modula_agd.error import InvalidArgument, SpaceMismatch, UnknownBound
 from modula_agd.module import Module, Parameters, Step, Weighted, join, mismatch
 from modula_agd.norm import Norm, drawing_dtype
 from modula_agd.space import Space, Tuple
+
+
+def applied(module: Module, apply: Callable[[], Any], *tensors: Any) -> Any:
+    """The result of ``apply``; what torch says of shapes and dtypes comes back with the layer that it is about."""
+    try:
+        return apply()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        what = " and ".join(f"{tuple(x.shape)} {x.dtype}" for x in tensors if isinstance(x, Tensor))
+        raise SpaceMismatch(f"{module!r} could not be applied to tensors of {what}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -38,10 +49,11 @@ class Atom(Module, ABC):
     gain: ClassVar[Gain] = Gain.exact(1.0, "definition of the operator norm")
 
     def __post_init__(self) -> None:
-        if not (self.mass >= 0 and math.isfinite(self.mass)):
-            raise InvalidArgument(f"{type(self).__name__} was given mass {self.mass!r}; a mass is a finite number ≥ 0")
-        if not (self.size > 0 and math.isfinite(self.size)):
-            raise InvalidArgument(f"{type(self).__name__} was given size {self.size!r}; a size is a finite number > 0")
+        kind = type(self).__name__
+        if not (isinstance(self.mass, int | float) and self.mass >= 0 and math.isfinite(self.mass)):
+            raise InvalidArgument(f"{kind} was given mass {self.mass!r}; a mass is a finite number ≥ 0")
+        if not (isinstance(self.size, int | float) and self.size > 0 and math.isfinite(self.size)):
+            raise InvalidArgument(f"{kind} was given size {self.size!r}; a size is a finite number > 0")
 
     @property
     @abstractmethod
@@ -83,7 +95,12 @@ class Atom(Module, ABC):
                 f"{self!r} looked for its parameter {name!r}, but the parameters given are {sorted(params)}. "
                 "Pass all that network.init() returns."
             )
-        return self.forward(params[name], x)
+        weight = params[name]
+        if tuple(weight.shape) != self.shape:
+            raise InvalidArgument(
+                f"{self!r} has a weight of shape {self.shape}, but {name!r} has shape {tuple(weight.shape)}"
+            )
+        return applied(self, lambda: self.forward(weight, x), x, weight)
 
     def propagate(self, x: Any, step: Step, path: str = "") -> Any:
         constant = step.constant(self.gain)
@@ -94,6 +111,8 @@ class Atom(Module, ABC):
         yield join(path, self.parameter), self
 
     def with_mass(self, mass: float) -> Module:
+        if not isinstance(mass, int | float):
+            raise InvalidArgument(f"with_mass was given {mass!r}; a mass is a finite number ≥ 0")
         return replace(self, mass=self.mass * mass)
 
 
@@ -173,7 +192,7 @@ class Bond(Module, ABC):
         return self.on or self.domain_of(codomain)
 
     def apply(self, params: Parameters, x: Any, path: str = "") -> Any:
-        return self.forward(x)
+        return applied(self, lambda: self.forward(x), x)
 
     def propagate(self, x: Any, step: Step, path: str = "") -> Any:
         constant = step.constant(getattr(self, "gain"))  # noqa: B009

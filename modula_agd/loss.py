@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from modula_agd.bound import Constant, Grade, Number, smaller
 from modula_agd.error import InvalidArgument, SpaceMismatch
-from modula_agd.space import Space
+from modula_agd.space import Space, positive
 
 
 class Loss(ABC):
@@ -55,8 +55,16 @@ class Loss(ABC):
             targets: as ``per_sample`` takes them.
 
         Raises:
-            SpaceMismatch: the two shapes do not fit.
+            SpaceMismatch: the two shapes do not fit, or one is no batch of tensors.
         """
+        if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+            kinds = f"{type(outputs).__name__} and {type(targets).__name__}"
+            raise SpaceMismatch(f"{type(self).__name__} takes outputs and targets as tensors, but got {kinds}")
+        if outputs.ndim < 2 or outputs.numel() == 0:
+            raise SpaceMismatch(
+                f"{type(self).__name__} takes a batch of at least one sample, [batch, ..., outputs], but the outputs have "
+                f"shape {tuple(outputs.shape)}"
+            )
         return self.per_sample(outputs, targets).mean()
 
     def conversion(self, codomain: Space) -> tuple[Constant, Constant]:
@@ -109,6 +117,7 @@ def one_hot(
     Raises:
         InvalidArgument: a label is out of range.
     """
+    positive("the number of classes", classes)
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise InvalidArgument(
             f"one_hot was given labels from {int(labels.min())} to {int(labels.max())} for {classes} classes, 0..{classes - 1}"
@@ -127,7 +136,7 @@ def _same_shape(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
 
 
 def _mean_square(outputs: Tensor, targets: Tensor) -> Tensor:
-    return (outputs - targets).square().flatten(1).mean(1)
+    return (outputs - targets.to(outputs.dtype)).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ class Method:
             InvalidArgument: a gradient fits no parameter, or evidence is missing.
         """
         atoms = self.atoms
-        self._check_arguments(grads, params, evidence)
+        self._check_arguments(grads, state, params, evidence)
         device = next(iter(params.values())).device
 
         zero = torch.zeros((), device=device, dtype=precise(device))
@@ -192,7 +192,7 @@ class Method:
         # what cannot be looked at without a wait (or, compiled, without leaving the graph) is masked instead
         masked = self.nonfinite == "skip" or device.type != "cpu" or torch.compiler.is_compiling()
         if not masked:
-            self._raise_nonfinite(pairs)
+            self._raise_nonfinite(pairs * sizes)
 
         majorant = self._majorant(torch.where(finite, descent, 0.0).clamp(min=0.0), sizes, device, evidence)
         best = self.search.minimum(majorant)
@@ -220,19 +220,37 @@ class Method:
 
     def check(self, state: State) -> None:
         """Raise ``NonFiniteGradient`` if the update behind ``state`` met one. Waits for the device."""
-        self._raise_nonfinite(state.descents)
+        self._raise_nonfinite(state.descents * state.sizes)
 
     # -- parts of an update ----------------------------------------------------------------------------------------------
 
     def _check_arguments(
-        self, grads: Mapping[str, Tensor | None], params: Mapping[str, Tensor], evidence: Evidence | None
+        self,
+        grads: Mapping[str, Tensor | None],
+        state: State,
+        params: Mapping[str, Tensor],
+        evidence: Evidence | None,
     ) -> None:
+        if not isinstance(grads, Mapping) or not isinstance(state, State):
+            raise InvalidArgument(
+                f"update takes gradients by name and a state, but got {type(grads).__name__} and {type(state).__name__}. "
+                "Call method.update(grads, state, params) with the state that method.init(params) returned."
+            )
+        missing = self.atoms.keys() - params.keys()
+        if missing:
+            raise InvalidArgument(f"update was given parameters without {sorted(missing)}. Pass all of the network's.")
         for name, gradient in grads.items():
             if name not in params:
                 raise InvalidArgument(
                     f"a gradient was given for {name!r}, which is not among the parameters {sorted(params)}"
                 )
-            if gradient is not None and gradient.shape != params[name].shape:
+            if gradient is None:
+                continue
+            if gradient.layout != torch.strided or not gradient.is_floating_point():
+                raise InvalidArgument(
+                    f"the gradient of {name!r} is {gradient.layout} of {gradient.dtype}; a step takes dense floating-point ones"
+                )
+            if gradient.shape != params[name].shape:
                 raise InvalidArgument(
                     f"the gradient of {name!r} has shape {tuple(gradient.shape)}, the parameter {tuple(params[name].shape)}"
                 )
@@ -248,8 +266,9 @@ class Method:
                 name for name, value in zip(self.atoms, descents.tolist(), strict=True) if not abs(value) < float("inf")
             ]
             raise NonFiniteGradient(
-                f"the gradient of {', '.join(map(repr, names))} holds NaN or infinity; no weight was changed. Look for overflow "
-                "in the loss or corrupt inputs, or pass nonfinite='skip' to leave such batches out and count them."
+                f"the gradient of {', '.join(map(repr, names))} holds NaN or infinity (or its weight does, where sizes are tracked); "
+                "no weight was changed. Look for overflow in the loss or corrupt inputs, or pass nonfinite='skip' to leave such "
+                "batches out and count them."
             )
 
     def _spaces(self) -> tuple[Space, Space]:

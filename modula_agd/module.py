@@ -230,10 +230,8 @@ class Module(ABC):
 
     def __pow__(self, copies: int) -> "Module":
         positive("the exponent of a module", copies)
-        result = self
-        for _ in range(copies - 1):
-            result = result @ self
-        return result
+        parts = list(self.parts if isinstance(self, Compose) else (self,))
+        return Compose(_settled(parts * copies)) if copies > 1 else self
 
     def __str__(self) -> str:
         rows = [Row(name, repr(atom), atom.shape, str(atom.norm), atom.mass) for name, atom in self.atoms()]

@@ -1,5 +1,6 @@
 """The ``torch.optim.Optimizer`` face of the engine, for training loops in the usual style."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,11 @@ class AGD(torch.optim.Optimizer):
             raise InvalidArgument(
                 f"AGD was given a ready method and the options {sorted(options)}. Pass them to agd() instead."
             )
+        if "lr" in options:
+            raise InvalidArgument(
+                "AGD was given a learning rate, but derives its step from the network and the loss. Leave lr out; a multiplier "
+                "of the derived step, 1.0 by default, is param_groups[0]['lr']."
+            )
         self.method = loss if isinstance(loss, Method) else agd(model.network, loss, **options)  # pyright: ignore
         self._names = [name for name, _ in model.named_parameters()]
         super().__init__(model.parameters(), {"lr": 1.0})
@@ -69,6 +75,11 @@ class AGD(torch.optim.Optimizer):
         Raises:
             NonFiniteGradient: with the weights untouched; on an accelerator at the first step after the device knows.
         """
+        rate = self.param_groups[0]["lr"]
+        if not isinstance(rate, Tensor) and not (isinstance(rate, int | float) and math.isfinite(rate)):
+            raise InvalidArgument(
+                f"the multiplier param_groups[0]['lr'] of AGD is {rate!r}, which is not a finite number"
+            )
         value = None
         if closure is not None:
             with torch.enable_grad():
@@ -77,9 +88,8 @@ class AGD(torch.optim.Optimizer):
         params = self._parameters()
         grads = {name: parameter.grad for name, parameter in params.items()}
         updates, self.current = self.method.update(grads, self.current, params, evidence)
-        rate = self.param_groups[0]["lr"]
         for name, update in updates.items():
-            params[name].add_(update, alpha=rate)
+            params[name].add_(update, alpha=rate)  # pyright: ignore[reportArgumentType] (a 0-d tensor is a number here)
         self._watch()
         return value
 

@@ -16,6 +16,7 @@ space             tensor                        norm per sample
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -27,7 +28,7 @@ from modula_agd.error import InvalidArgument, SpaceMismatch
 
 def positive(what: str, value: int) -> None:
     """Raise unless ``value`` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise InvalidArgument(f"{what} must be an integer of at least 1, but is {value!r}")
 
 
@@ -94,7 +95,7 @@ class Features(_Wide):
     shape: ClassVar[str] = "[batch, features]"
 
     def fits(self, x: Tensor) -> bool:
-        return x.ndim <= 2 and x.ndim >= 1 and x.shape[-1] == self.size
+        return x.is_floating_point() and x.ndim in (1, 2) and x.shape[-1] == self.size
 
     def norm(self, x: Num[Tensor, "batch d"]) -> Num[Tensor, " batch"]:
         return _rms(x, -1)
@@ -110,7 +111,7 @@ class Sequence(_Wide):
     shape: ClassVar[str] = "[batch, time, features]"
 
     def fits(self, x: Tensor) -> bool:
-        return x.ndim in (2, 3) and x.shape[-1] == self.size
+        return x.is_floating_point() and x.ndim in (2, 3) and x.shape[-1] == self.size
 
     def norm(self, x: Num[Tensor, "batch time d"]) -> Num[Tensor, " batch"]:
         return _rms(x, -1).amax(-1)
@@ -126,7 +127,7 @@ class Image(_Wide):
     shape: ClassVar[str] = "[batch, channels, height, width]"
 
     def fits(self, x: Tensor) -> bool:
-        return x.ndim in (3, 4) and x.shape[-3] == self.size
+        return x.is_floating_point() and x.ndim in (3, 4) and x.shape[-3] == self.size
 
     def norm(self, x: Num[Tensor, "batch c h w"]) -> Num[Tensor, " batch"]:
         return _rms(x, -3).amax((-2, -1))
@@ -143,7 +144,7 @@ class Logits(_Wide):
     max_norm: ClassVar[bool] = True
 
     def fits(self, x: Tensor) -> bool:
-        return x.ndim in (1, 2, 3) and x.shape[-1] == self.size
+        return x.is_floating_point() and x.ndim in (1, 2, 3) and x.shape[-1] == self.size
 
     def norm(self, x: Num[Tensor, "batch *time n"]) -> Num[Tensor, " batch"]:
         return x.abs().flatten(1).amax(-1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from modula_agd import Atom, Bond, Constant, Features, Frobenius, Gain, Grade, Loss, Norm, RowNorm
+from modula_agd.norm import BlockNorm, Direction
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,16 @@ class FlatSquareLoss(Loss):
         return (outputs - targets).square().mean(-1) / 2
 
 
-class Overshooting(Frobenius):
-    """A norm whose directions come out 2% too long, as an iteration that overshoots would make them."""
+@dataclass(frozen=True)
+class Overshooting(BlockNorm):
+    """The Frobenius norm with directions that come out 2% too long, as an iteration that overshoots would make them."""
 
-    def direction(self, gradient: Tensor):
-        direction = super().direction(gradient)
-        return direction._replace(factor=torch.as_tensor(1.02) * direction.factor)
+    def factor(self, shape: torch.Size) -> float:
+        return Frobenius().factor(shape)
+
+    def dims(self, shape: torch.Size) -> tuple[int, ...]:
+        return Frobenius().dims(shape)
+
+    def direction(self, gradient: Tensor) -> Direction:
+        base, factor = super().direction(gradient)
+        return Direction(base, 1.02 * factor)

@@ -6,7 +6,7 @@ import torch
 import modula_agd
 import modula_agd.verify
 import wrong_layers
-from modula_agd import GELU, MLP, CrossEntropy, Features, InvalidArgument, Linear, Multiply, ReLU, SquareLoss
+from modula_agd import GELU, MLP, Bond, CrossEntropy, Features, InvalidArgument, Linear, Multiply, ReLU, SquareLoss
 from modula_agd.verify import Objective, Shaped, check
 from wrong_layers import FlatSquareLoss, ForgetfulCosine, OverconfidentReLU, Overshooting, RowwiseLinear
 
@@ -95,3 +95,28 @@ def test_things_without_laws_are_refused():
 
 def test_float32_has_slack_for_its_rounding():
     assert check(MLP(2, 3, 4, depth=2), cases=30, dtype=torch.float32).ok
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError("boom"), ZeroDivisionError("boom"), KeyError("boom"), AttributeError("boom")]
+)
+def test_whatever_a_layer_raises_is_a_finding(error):
+    class Raises(Bond):
+        gain = OverconfidentReLU.gain
+        at_zero = 0.0
+
+        def forward(self, x):
+            raise error
+
+    assert "boom" in str(check(Raises(on=Features(2)), cases=5))
+
+
+def test_a_layer_that_is_no_function_of_its_inputs_is_a_finding():
+    class Noisy(Bond):
+        gain = OverconfidentReLU.gain
+        at_zero = 0.0
+
+        def forward(self, x):
+            return x * (1 + torch.rand(()))
+
+    assert not check(Noisy(on=Features(2)), cases=20).ok

@@ -1,0 +1,133 @@
+"""Mistakes that a first user makes: each is a clear error of this library, and nothing is lost."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from modula_agd import (
+    AGD,
+    Certified,
+    Conv2d,
+    CrossEntropy,
+    Embedding,
+    InvalidArgument,
+    LeakyReLU,
+    Linear,
+    MaxPool2d,
+    ModulaError,
+    NonFiniteGradient,
+    SpaceMismatch,
+    SquareLoss,
+    Tanh,
+    agd,
+)
+
+NETWORK = Linear(2, 3) @ Tanh() @ Linear(3, 4)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Linear("a", 3),
+        lambda: Linear(3.5, 2),
+        lambda: Linear(None, 2),
+        lambda: Linear(3, 2, mass="a"),
+        lambda: Linear(3, 2).with_mass(None),
+        lambda: Conv2d(4, 3, (3,)),
+        lambda: Conv2d(4, 3, 3.5),
+        lambda: Conv2d(4, 3, [3, 3]),
+        lambda: LeakyReLU("a"),
+        lambda: LeakyReLU(float("nan")),
+        lambda: agd(NETWORK, SquareLoss(), search=Certified),
+        lambda: agd(NETWORK, SquareLoss(), search="certified"),
+        lambda: agd(NETWORK, SquareLoss(), magnitude=float("inf")),
+        lambda: AGD(NETWORK.to_torch(0), SquareLoss(), lr=1e-3),
+    ],
+)
+def test_wrong_declarations(build) -> None:
+    with pytest.raises(ModulaError):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs"),
+    [
+        (NETWORK, torch.ones(2, 4, dtype=torch.int64)),
+        (NETWORK, torch.ones(2, 4, dtype=torch.float64)),
+        (Conv2d(2, 1, 5), torch.ones(1, 1, 3, 3)),
+        (MaxPool2d(9) @ Conv2d(2, 1, 1), torch.ones(1, 1, 3, 3)),
+        (NETWORK, [1.0, 2.0, 3.0, 4.0]),
+    ],
+    ids=["integers", "another dtype", "kernel larger than image", "window larger than image", "a list"],
+)
+def test_wrong_inputs(network, inputs: Any) -> None:
+    with pytest.raises(SpaceMismatch):
+        network(network.init(0), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_every_integer_dtype_names_tokens(dtype) -> None:
+    embedding = Embedding(3, 5)
+    params = embedding.init(0)
+    torch.testing.assert_close(embedding(params, torch.tensor([[4]], dtype=dtype))[0, 0], params["weight"][4])
+
+
+@pytest.mark.parametrize("loss", [SquareLoss(), CrossEntropy()], ids=repr)
+@pytest.mark.parametrize(
+    ("outputs", "targets"),
+    [(torch.zeros(0, 3), torch.zeros(0, 3)), (torch.zeros(3), torch.zeros(3)), (torch.zeros(1, 3), None)],
+    ids=["empty batch", "no batch", "no targets"],
+)
+def test_wrong_batches(loss, outputs, targets) -> None:
+    with pytest.raises(SpaceMismatch):
+        loss(outputs, targets)
+
+
+def test_a_parameter_of_another_shape_is_refused_even_where_it_would_run() -> None:
+    params = NETWORK.init(0)
+    params["0.weight"], params["2.weight"] = torch.ones(5, 4), torch.ones(2, 5)
+    with pytest.raises(InvalidArgument, match="shape"):
+        NETWORK(params, torch.ones(1, 4))
+
+
+def _gradients(method, params):
+    return torch.func.grad(method.objective)(params, torch.ones(2, 4), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda g, s, p: ((g, 1.0), s, p),
+        lambda g, s, p: (g, None, p),
+        lambda g, s, p: ({f"x.{n}": v for n, v in g.items()}, s, {f"x.{n}": v for n, v in p.items()}),
+        lambda g, s, p: ({n: v.to_sparse() for n, v in g.items()}, s, p),
+        lambda g, s, p: ({n: v.long() for n, v in g.items()}, s, p),
+    ],
+    ids=["gradient and value", "no state", "renamed", "sparse", "integers"],
+)
+def test_wrong_updates(spoil) -> None:
+    method = agd(NETWORK, SquareLoss())
+    params = NETWORK.init(0)
+    with pytest.raises(InvalidArgument):
+        method.update(*spoil(_gradients(method, params), method.init(params), params))
+
+
+def test_a_weight_that_is_nan_spoils_no_other_where_sizes_are_tracked() -> None:
+    method = agd(NETWORK, SquareLoss(), sizes="tracked")
+    params = NETWORK.init(0)
+    gradients = _gradients(method, params)
+    params["0.weight"] = params["0.weight"] * float("nan")
+    with pytest.raises(NonFiniteGradient, match=r"0\.weight"):
+        method.update(gradients, method.init(params), params)
+
+
+def test_a_multiplier_that_is_nan_touches_no_weight() -> None:
+    model = NETWORK.to_torch(0)
+    optimizer = AGD(model, SquareLoss())
+    SquareLoss()(model(torch.ones(2, 4)), torch.zeros(2, 2)).backward()
+    optimizer.param_groups[0]["lr"] = float("nan")
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(InvalidArgument, match="multiplier"):
+        optimizer.step()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
