@@ -34,10 +34,10 @@ lint: $(READY)  ## ruff and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint  ## lint, then the quick tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(JOBS)
 
 verify: $(READY)  ## every law on ten times as many cases, and the independent cross-check
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --cases 500 --timeout 3600 tests/verify -m "not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) --cases 500 --timeout 3600 tests/verify -m "not gpu"
 
 slow: $(READY)  ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
