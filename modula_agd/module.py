@@ -21,7 +21,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class Step:
         return gain.proved if self.constants == "proved" else gain.typical
 
 
+@runtime_checkable
 class Weighted(Protocol):
     """What everything above needs of an atom (``layer.Atom`` documents each)."""
 

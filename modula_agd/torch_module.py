@@ -1,11 +1,12 @@
 """The ``torch.nn.Module`` face of a network: the same function, with parameters that it owns."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 
+@runtime_checkable
 class Network(Protocol):
     """What this face needs of a network: that it is a function of named parameters."""
 
