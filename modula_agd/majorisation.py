@@ -102,7 +102,7 @@ def closed_form(gradient: Scalar, magnitude: Number, curvature: Number = 1.0, re
         residual: R ≥ 0.
     """
     rho = residual / (curvature * magnitude)
-    share = gradient / (curvature * magnitude**2)
+    share = gradient / (curvature * magnitude * magnitude)
     root = ((1 + rho) ** 2 + 4 * share).sqrt()
     # (1 − ρ + root)/2 − 1, without the cancellation that would lose a small η
     return (2 * share / (root + 1 + rho)).log1p()

@@ -24,7 +24,7 @@ from modula_agd.error import InvalidArgument, NonFiniteGradient, UnknownBound
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence, Majorant, Search
 from modula_agd.module import Constants, Module, Weighted
-from modula_agd.norm import Direction
+from modula_agd.norm import Direction, wide
 from modula_agd.space import Space
 
 Scalar = Float[Tensor, ""]
@@ -196,6 +196,10 @@ class Method:
 
         majorant = self._majorant(torch.where(finite, descent, 0.0).clamp(min=0.0), sizes, device, evidence)
         best = self.search.minimum(majorant)
+        # sizes or magnitudes near the ends of the number range can overflow on the way to a step
+        finite = finite & best.t.isfinite()
+        if not masked:
+            self._raise_unusable(best.t, evidence)
 
         updates = {}
         for name, amount in zip(atoms, (-best.t * reach).unbind(), strict=True):
@@ -239,6 +243,17 @@ class Method:
         missing = self.atoms.keys() - params.keys()
         if missing:
             raise InvalidArgument(f"update was given parameters without {sorted(missing)}. Pass all of the network's.")
+        for name, atom in self.atoms.items():
+            if tuple(params[name].shape) != atom.shape:
+                raise InvalidArgument(
+                    f"parameter {name!r} has shape {tuple(params[name].shape)}, but its module declares {atom.shape}"
+                )
+        if evidence is not None and not (
+            isinstance(evidence, Evidence) and all(isinstance(x, Tensor) for x in evidence)
+        ):
+            raise InvalidArgument(
+                f"update was given evidence {evidence!r}. Pass evidence=method.evidence(params, inputs, targets) of the same batch."
+            )
         for name, gradient in grads.items():
             if name not in params:
                 raise InvalidArgument(
@@ -248,7 +263,9 @@ class Method:
                 continue
             if gradient.layout != torch.strided or not gradient.is_floating_point():
                 raise InvalidArgument(
-                    f"the gradient of {name!r} is {gradient.layout} of {gradient.dtype}; a step takes dense floating-point ones"
+                    f"the gradient of {', '.join(map(repr, names))} holds NaN or infinity, or overflows in its dtype (or its weight "
+                    "does, where sizes are tracked); no weight was changed. Look for overflow in the loss or corrupt inputs, or pass "
+                    "nonfinite='skip' to leave such batches out and count them."
                 )
             if gradient.shape != params[name].shape:
                 raise InvalidArgument(
@@ -266,9 +283,22 @@ class Method:
                 name for name, value in zip(self.atoms, descents.tolist(), strict=True) if not abs(value) < float("inf")
             ]
             raise NonFiniteGradient(
-                f"the gradient of {', '.join(map(repr, names))} holds NaN or infinity (or its weight does, where sizes are tracked); "
-                "no weight was changed. Look for overflow in the loss or corrupt inputs, or pass nonfinite='skip' to leave such "
+                f"the gradient of {', '.join(map(repr, names))} holds NaN or infinity, or overflows in its dtype (or its weight does, where sizes "
+                "are tracked); no weight was changed. Look for overflow in the loss or corrupt inputs, or pass nonfinite='skip' to leave such "
                 "batches out and count them."
+            )
+
+    def _raise_unusable(self, t: Scalar, evidence: Evidence | None) -> None:
+        told = torch.stack([wide(x.detach()) for x in evidence]) if evidence is not None else None
+        if evidence is not None and told is not None and not bool((told.isfinite() & (told >= 0)).all()):
+            raise InvalidArgument(
+                f"update was given R = {float(evidence.residual)} and an input magnitude of {float(evidence.magnitude)}, which must "
+                "be finite and ≥ 0. Pass evidence=method.evidence(params, inputs, targets) of the same batch."
+            )
+        if not bool(t.isfinite()):
+            raise InvalidArgument(
+                f"the step came out as {float(t)}; no weight was changed. Look for a size, a magnitude or a factor in the network "
+                "that is so small or so large that its square leaves the range of numbers."
             )
 
     def _spaces(self) -> tuple[Space, Space]:

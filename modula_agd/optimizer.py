@@ -43,6 +43,11 @@ class AGD(torch.optim.Optimizer):
                 "of the derived step, 1.0 by default, is param_groups[0]['lr']."
             )
         self.method = loss if isinstance(loss, Method) else agd(model.network, loss, **options)  # pyright: ignore
+        if self.method.network != model.network:
+            raise InvalidArgument(
+                f"AGD was given a method built for a network with parameters {sorted(self.method.atoms)}, {self.method.network!r}, "
+                f"but a model of {model.network!r}. Build the method for the model's network."
+            )
         self._names = [name for name, _ in model.named_parameters()]
         super().__init__(model.parameters(), {"lr": 1.0})
         self.current: State = self.method.init(self._parameters())
@@ -76,9 +81,9 @@ class AGD(torch.optim.Optimizer):
             NonFiniteGradient: with the weights untouched; on an accelerator at the first step after the device knows.
         """
         rate = self.param_groups[0]["lr"]
-        if not isinstance(rate, Tensor) and not (isinstance(rate, int | float) and math.isfinite(rate)):
+        if not isinstance(rate, Tensor) and not (isinstance(rate, int | float) and 0 <= rate < math.inf):
             raise InvalidArgument(
-                f"the multiplier param_groups[0]['lr'] of AGD is {rate!r}, which is not a finite number"
+                f"the multiplier param_groups[0]['lr'] of AGD is {rate!r}, which is not a finite number ≥ 0"
             )
         value = None
         if closure is not None:
@@ -113,9 +118,12 @@ class AGD(torch.optim.Optimizer):
         mine = {"method": self.method, "_names": self._names, "current": self.current, "_watched": None}
         return {**super().__getstate__(), **mine}
 
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self._parameters().items()}
+
     def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's, with the last step's tensors under "agd"."""
-        return {**super().state_dict(), "agd": self.current._asdict()}
+        """As every optimizer's, with the last step's tensors under "agd" and what they belong to under "parameters"."""
+        return {**super().state_dict(), "agd": self.current._asdict(), "parameters": self._shapes()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned.
@@ -123,12 +131,16 @@ class AGD(torch.optim.Optimizer):
         Raises:
             InvalidArgument: the state is another optimizer's, or another network's.
         """
-        saved = state_dict.get("agd", {})
-        here = self.current._asdict()
-        if set(saved) != set(here) or any(saved[key].shape != here[key].shape for key in here):
+        ours = isinstance(state_dict, dict) and {"agd", "parameters", "state", "param_groups"} <= set(state_dict)
+        if not ours or set(state_dict["agd"]) != set(State._fields):
             raise InvalidArgument(
-                f"load_state_dict was given {sorted(saved) or 'no state of AGD'}, but this network's state is {sorted(here)} with one "
-                "entry per parameter. Load the state that AGD saved for the same network."
+                "load_state_dict was given no state of AGD. Load the state that AGD saved for the same network."
             )
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "agd"})
+        if state_dict["parameters"] != self._shapes():
+            raise InvalidArgument(
+                f"load_state_dict was given the state of a network with parameters {state_dict['parameters']}, but this one has "
+                f"{self._shapes()}. Load the state that AGD saved for the same network."
+            )
+        saved, here = state_dict["agd"], self.current._asdict()
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self.current = State(**{key: value.to(here[key]) for key, value in saved.items()})

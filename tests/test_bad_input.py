@@ -1,5 +1,6 @@
 """Mistakes that a first user makes: each is a clear error of this library, and nothing is lost."""
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from modula_agd import (
     AGD,
     Certified,
+    ClosedForm,
     Conv2d,
     CrossEntropy,
     Embedding,
+    Evidence,
     InvalidArgument,
     LeakyReLU,
     Linear,
@@ -131,3 +134,48 @@ def test_a_multiplier_that_is_nan_touches_no_weight() -> None:
     with pytest.raises(InvalidArgument, match="multiplier"):
         optimizer.step()
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("search", [ClosedForm(magnitude=1e-200), ClosedForm(magnitude=1e200)], ids=repr)
+def test_a_step_outside_the_range_of_numbers_touches_no_weight(search) -> None:
+    model = NETWORK.to_torch(0)
+    optimizer = AGD(model, SquareLoss(), search=search)
+    SquareLoss()(model(torch.ones(2, 4)), torch.zeros(2, 2)).backward()
+    with suppress(InvalidArgument):
+        optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("residual", "magnitude"), [(-5.0, 1.0), (1.0, -1.0), (float("nan"), 1.0), (1.0, float("inf"))]
+)
+def test_evidence_that_cannot_be_is_refused(residual: float, magnitude: float) -> None:
+    method = agd(NETWORK, SquareLoss(), search=Certified())
+    params = NETWORK.init(0)
+    evidence = Evidence(torch.tensor(residual), torch.tensor(magnitude))
+    with pytest.raises(InvalidArgument, match="finite"):
+        method.update(_gradients(method, params), method.init(params), params, evidence)
+
+
+def test_evidence_of_another_kind_is_refused() -> None:
+    method = agd(NETWORK, SquareLoss(), search=Certified())
+    params = NETWORK.init(0)
+    with pytest.raises(InvalidArgument, match="evidence"):
+        method.update(_gradients(method, params), method.init(params), params, (1.0, 1.0))  # type: ignore[arg-type]
+
+
+def test_gradient_and_parameter_of_one_wrong_shape_are_refused() -> None:
+    method = agd(NETWORK, SquareLoss())
+    params = NETWORK.init(0)
+    wrong = {name: torch.ones(3, 3) for name in params}
+    with pytest.raises(InvalidArgument, match="declares"):
+        method.update(wrong, method.init(params), wrong)
+
+
+def test_a_method_or_a_state_of_another_network_is_refused() -> None:
+    other = Linear(2, 3) @ Linear(3, 4)
+    with pytest.raises(InvalidArgument, match="method for"):
+        AGD(NETWORK.to_torch(0), agd(other, SquareLoss()))
+    wider = AGD((Linear(2, 5) @ Tanh() @ Linear(5, 4)).to_torch(0), SquareLoss()).state_dict()
+    with pytest.raises(InvalidArgument, match="same network"):
+        AGD(NETWORK.to_torch(0), SquareLoss()).load_state_dict(wider)
