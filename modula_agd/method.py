@@ -263,9 +263,7 @@ class Method:
                 continue
             if gradient.layout != torch.strided or not gradient.is_floating_point():
                 raise InvalidArgument(
-                    f"the gradient of {', '.join(map(repr, names))} holds NaN or infinity, or overflows in its dtype (or its weight "
-                    "does, where sizes are tracked); no weight was changed. Look for overflow in the loss or corrupt inputs, or pass "
-                    "nonfinite='skip' to leave such batches out and count them."
+                    f"the gradient of {name!r} is {gradient.layout} of {gradient.dtype}; a step takes dense floating-point ones"
                 )
             if gradient.shape != params[name].shape:
                 raise InvalidArgument(
@@ -283,9 +281,9 @@ class Method:
                 name for name, value in zip(self.atoms, descents.tolist(), strict=True) if not abs(value) < float("inf")
             ]
             raise NonFiniteGradient(
-                f"the gradient of {', '.join(map(repr, names))} holds NaN or infinity, or overflows in its dtype (or its weight does, where sizes "
-                "are tracked); no weight was changed. Look for overflow in the loss or corrupt inputs, or pass nonfinite='skip' to leave such "
-                "batches out and count them."
+                f"the gradient of {', '.join(map(repr, names))} holds NaN or infinity, or overflows in its dtype (or its weight "
+                "does, where sizes are tracked); no weight was changed. Look for overflow in the loss or corrupt inputs, or pass "
+                "nonfinite='skip' to leave such batches out and count them."
             )
 
     def _raise_unusable(self, t: Scalar, evidence: Evidence | None) -> None:
