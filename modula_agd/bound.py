@@ -21,6 +21,8 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
+from modula_agd.error import InvalidArgument
+
 Number = Any
 """A float, or any array that supports + - * /, > and abs: a 0-d tensor for a tracked size, a vector of t."""
 
@@ -51,6 +53,14 @@ class Constant:
     grade: Grade
     source: str
     witness: object = None
+
+    def __post_init__(self) -> None:
+        good = isinstance(self.value, int | float) and 0 < self.value < float("inf")
+        if not good:
+            raise InvalidArgument(
+                f"a constant was declared as {self.value!r} ({self.source}), but must be a finite number above 0. "
+                "Any valid upper bound will do where the least one is 0."
+            )
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,10 @@ class Loss(ABC):
         if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
             kinds = f"{type(outputs).__name__} and {type(targets).__name__}"
             raise SpaceMismatch(f"{type(self).__name__} takes outputs and targets as tensors, but got {kinds}")
+        if targets.is_complex() or not outputs.is_floating_point():
+            raise SpaceMismatch(
+                f"{type(self).__name__} takes real outputs and targets, but got {outputs.dtype} and {targets.dtype}"
+            )
         if outputs.ndim < 2 or outputs.numel() == 0:
             raise SpaceMismatch(
                 f"{type(self).__name__} takes a batch of at least one sample, [batch, ..., outputs], but the outputs have "
@@ -118,6 +122,10 @@ def one_hot(
         InvalidArgument: a label is out of range.
     """
     positive("the number of classes", classes)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise InvalidArgument(
+            f"one_hot takes integer class indices, but got {labels.dtype}. Convert them: labels.long()."
+        )
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise InvalidArgument(
             f"one_hot was given labels from {int(labels.min())} to {int(labels.max())} for {classes} classes, 0..{classes - 1}"
@@ -202,6 +210,10 @@ class CrossEntropy(Loss):
     def per_sample(
         self, outputs: Float[Tensor, "batch *shape"], targets: Num[Tensor, "batch *target"]
     ) -> Float[Tensor, " batch"]:
+        if targets.dtype == torch.bool:
+            raise SpaceMismatch(
+                "CrossEntropy takes class indices or probabilities, but got torch.bool. Two classes: targets.long()."
+            )
         indices = not targets.is_floating_point()
         if targets.shape != (outputs.shape[:-1] if indices else outputs.shape):
             raise SpaceMismatch(

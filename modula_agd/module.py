@@ -248,8 +248,8 @@ class Module(ABC):
 def mismatch(module: Module, takes: object, given: object) -> str:
     """The text of a ``SpaceMismatch`` where two modules meet."""
     return (
-        f"{module!r} takes {takes}, but the module before it gives {given}. Change one of the two widths, or put a module "
-        f"between them that maps {given} to {takes} (Flatten, Mean, a Linear)."
+        f"{module!r} takes {takes}, but the module before it gives {given}. Change one of the two, "
+        f"build this one for {given}, or put a module between them that maps {given} to {takes} (Flatten, Mean, a Linear)."
     )
 
 

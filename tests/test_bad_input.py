@@ -8,12 +8,14 @@ import torch
 
 from modula_agd import (
     AGD,
+    Bias,
     Certified,
     ClosedForm,
     Conv2d,
     CrossEntropy,
     Embedding,
     Evidence,
+    Gain,
     InvalidArgument,
     LeakyReLU,
     Linear,
@@ -24,6 +26,7 @@ from modula_agd import (
     SquareLoss,
     Tanh,
     agd,
+    one_hot,
 )
 
 NETWORK = Linear(2, 3) @ Tanh() @ Linear(3, 4)
@@ -179,3 +182,35 @@ def test_a_method_or_a_state_of_another_network_is_refused() -> None:
     wider = AGD((Linear(2, 5) @ Tanh() @ Linear(5, 4)).to_torch(0), SquareLoss()).state_dict()
     with pytest.raises(InvalidArgument, match="same network"):
         AGD(NETWORK.to_torch(0), SquareLoss()).load_state_dict(wider)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), "a"])
+def test_a_constant_that_bounds_nothing_is_refused_where_it_is_declared(value) -> None:
+    with pytest.raises(InvalidArgument, match="constant was declared"):
+        Gain.exact(value, "a slip of the pen")
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0.5, 1.7]), torch.tensor([True, False])], ids=["float", "bool"])
+def test_labels_are_not_rounded_or_coerced(labels) -> None:
+    with pytest.raises(InvalidArgument, match="integer class indices"):
+        one_hot(labels, 3)
+
+
+def test_boolean_and_complex_targets_are_refused() -> None:
+    with pytest.raises(SpaceMismatch, match="bool"):
+        CrossEntropy()(torch.zeros(2, 3), torch.tensor([True, False]))
+    with pytest.raises(SpaceMismatch, match="real"):
+        SquareLoss()(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.complex64))
+
+
+def test_a_negative_multiplier_is_refused() -> None:
+    model = NETWORK.to_torch(0)
+    optimizer = AGD(model, SquareLoss())
+    optimizer.param_groups[0]["lr"] = -1
+    with pytest.raises(InvalidArgument, match="multiplier"):
+        optimizer.step()
+
+
+def test_a_mismatch_says_that_a_module_can_be_built_for_the_other_space() -> None:
+    with pytest.raises(SpaceMismatch, match=r"build this one for Image\(4\)"):
+        Bias(4) @ Conv2d(4, 3)

@@ -122,6 +122,13 @@ def _integer(least: int) -> Any:
     return parse
 
 
+def _seed(text: str) -> int:
+    value = _integer(0)(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not below 2^63")
+    return value
+
+
 def _data_name(text: str) -> str:
     if text not in (*NAMES, _TEXT) and not (text.startswith(HUB) and len(text) > len(HUB)):
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(NAMES)}, {_TEXT} and {HUB}NAME")
@@ -136,7 +143,7 @@ def configure(command: argparse.ArgumentParser) -> None:
         "Example: modula-agd train --data mnist --data-dir data --depth 3 --width 512 --epochs 5"
     )
     command.set_defaults(run=run)
-    natural, whole = _integer(1), _integer(0)
+    natural = _integer(1)
     data = command.add_argument_group("data")
     data.add_argument(
         "--data",
@@ -173,7 +180,7 @@ def configure(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--eval-every", type=natural, metavar="N", help="updates between evaluations (default: an epoch)"
     )
-    group.add_argument("--seed", type=whole, default=0, metavar="N", help="of weights and shuffles (default: 0)")
+    group.add_argument("--seed", type=_seed, default=0, metavar="N", help="of weights and shuffles (default: 0)")
     group.add_argument(
         "--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
     )

@@ -15,7 +15,7 @@ from modula_agd.device import usable
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.loss import Loss
 from modula_agd.module import Module
-from modula_agd.space import Features, Image, Logits, Space
+from modula_agd.space import Features, Image, Logits, Space, positive
 from modula_agd.space import Sequence as SequenceSpace
 from modula_agd.verify.descent_laws import DESCENT_LAWS, Objective
 from modula_agd.verify.law import Device, Law, Measurement
@@ -37,6 +37,7 @@ class Finding:
         cases: number of cases tried.
         worst: largest lhs/rhs met; 1 where the law is attained, above 1 where it is broken.
         example: the smallest case found that breaks it, as code that reproduces it; None where the law held.
+        raised: whether that case raised an error, so that nothing was measured.
     """
 
     law: str
@@ -46,6 +47,7 @@ class Finding:
     cases: int
     worst: float
     example: str | None
+    raised: bool = False
 
     @property
     def holds(self) -> bool:
@@ -73,7 +75,7 @@ class Report:
                 str(f.cases),
                 f"{f.worst:.6f}",
                 str(f.grade),
-                "holds" if f.holds else "BROKEN",
+                "holds" if f.holds else "RAISES" if f.raised else "BROKEN",
             )
             for f in self.findings
         ]
@@ -83,7 +85,11 @@ class Report:
             for row in (header, *rows)
         ]
         first = {f.law: f for f in reversed(self.findings) if f.example}
-        examples = [f"\n{f.law} is broken: {f.statement} fails here\n\n{f.example}" for f in first.values()]
+        told = {
+            False: "is broken: {} fails here",
+            True: "could not be measured: {} was tried, but the layer raised (one size of image only? then pass side)",
+        }
+        examples = [f"\n{f.law} {told[f.raised].format(f.statement)}\n\n{f.example}" for f in first.values()]
         return "\n".join([lines[0], "─" * (sum(widths) + 2 * len(widths) - 2), *lines[1:], *examples])
 
 
@@ -118,12 +124,14 @@ def run(
     """
     count, worst = 0, 0.0
     broken: tuple[Any, str] | None = None
+    raised = False
 
     def attempt(draw: Any) -> None:
-        nonlocal count, worst, broken
+        nonlocal count, worst, broken, raised
         try:
             measurement: Measurement = law(subject, draw, where)
         except Exception as error:  # whatever a user's layer may raise is a finding
+            raised = True
             broken = draw, f"raises {type(error).__name__}: {error}"
             raise _Broken from error
         count += 1
@@ -131,6 +139,7 @@ def run(
         ratio = measurement.ratio
         worst = max(worst, ratio) if ratio == ratio else float("inf")
         if not measurement.holds():
+            raised = False
             broken = (
                 draw,
                 f"lhs = {float(measurement.lhs):.9g}, rhs = {float(measurement.rhs):.9g}, slack = {float(measurement.slack):.3g}",
@@ -160,7 +169,9 @@ def run(
         draw, what = broken
         device = "" if where == Device() else f", Device(torch.device({str(where.device)!r}), {where.dtype})"
         example = f"    subject = {_code(subject)}\n    {type(law).__name__}()(subject, {draw!r}{device})\n    # {what}"
-    return Finding(law.name, law.statement, law.grade, _code(subject), count, worst, example)
+    return Finding(
+        law.name, law.statement, law.grade, _code(subject), count, worst, example, raised and example is not None
+    )
 
 
 def _code(subject: Any) -> str:
@@ -247,6 +258,10 @@ def check(
     """
     if cases < 1:
         raise InvalidArgument(f"check was asked for {cases} cases per law; ask for at least 1")
+    if side is not None:
+        positive("the side of the images that check tries", side)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InvalidArgument(f"check was asked for dtype={dtype!r}; laws are measured in a floating-point torch.dtype")
     where = Device(usable(device), dtype)
     plan = [(law, subject, laws_for(subject, side)[1]) for subject in subjects(thing) for law in laws_for(subject)[0]]
     if not progress:

@@ -76,26 +76,32 @@ def load(name: str) -> Any:
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         thing = getattr(module, attribute)
-    except (ImportError, OSError, SyntaxError, AttributeError) as error:
+    # the file is the user's: whatever it raises on import is what keeps it from being found
+    except Exception as error:
         raise InvalidArgument(
-            f"verify could not find {name!r}: {error}. Is it importable from the current folder?"
+            f"verify could not load {name!r}: {type(error).__name__}: {error}. Is it importable from the current folder?"
         ) from error
     if not isinstance(thing, type | FunctionType):
         return thing
     try:
         return thing()
-    except TypeError as error:
+    except Exception as error:
         raise InvalidArgument(
-            f"verify called {attribute}() to have an instance, but {error}. Name an instance: layer = {attribute}(...), {place}:layer"
+            f"verify called {attribute}() to have an instance, but it raised {type(error).__name__}: {error}. "
+            f"Name an instance: layer = {attribute}(...), {place}:layer"
         ) from error
 
 
 def _from_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # a name of its own, so that a file called torch.py hides nothing
+    name = f"modula_agd_verified_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise ImportError(f"no such file: {path}")
     module = importlib.util.module_from_spec(spec)
     # dataclasses look their module up by name
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
+    # as `python path/to/file.py` has it, so that the file finds its neighbours
+    sys.path.append(str(path.resolve().parent))
     spec.loader.exec_module(module)
     return module

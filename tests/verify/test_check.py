@@ -6,7 +6,20 @@ import torch
 import modula_agd
 import modula_agd.verify
 import wrong_layers
-from modula_agd import GELU, MLP, Bond, CrossEntropy, Features, InvalidArgument, Linear, Multiply, ReLU, SquareLoss
+from modula_agd import (
+    GELU,
+    MLP,
+    Bond,
+    Conv2d,
+    CrossEntropy,
+    Features,
+    Flatten,
+    InvalidArgument,
+    Linear,
+    Multiply,
+    ReLU,
+    SquareLoss,
+)
 from modula_agd.verify import Objective, Shaped, check
 from wrong_layers import FlatSquareLoss, ForgetfulCosine, OverconfidentReLU, Overshooting, RowwiseLinear
 
@@ -120,3 +133,16 @@ def test_a_layer_that_is_no_function_of_its_inputs_is_a_finding():
             return x * (1 + torch.rand(()))
 
     assert not check(Noisy(on=Features(2)), cases=20).ok
+
+
+def test_a_law_that_could_not_be_measured_is_not_called_broken():
+    report = str(check(Linear(3, 32) @ Flatten(4, 4) @ Conv2d(2, 1, 3, padding=1), cases=20))
+    assert "RAISES" in report
+    assert "BROKEN" not in report
+    assert "pass side" in report
+
+
+@pytest.mark.parametrize("options", [{"side": 0}, {"side": "a"}, {"dtype": torch.int64}, {"dtype": "float32"}])
+def test_mistakes_in_the_call_are_no_verdicts(options):
+    with pytest.raises(InvalidArgument):
+        check(ReLU(), cases=2, **options)

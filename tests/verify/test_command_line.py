@@ -29,12 +29,13 @@ def test_what_breaks_exits_with_1_and_prints_code_that_reproduces_it(capsys) -> 
     ("arguments", "said"),
     [
         (["nope"], "write package.module:name"),
-        ([f"{WRONG}:Missing"], "could not find"),
+        ([f"{WRONG}:Missing"], "could not load"),
         (["missing_file.py:Layer"], "no such file"),
         ([f"{WRONG}:RowwiseLinear"], "Name an instance"),
         (["modula_agd:agd"], "agd"),
         (["modula_agd:__version__"], "neither a module"),
         (["modula_agd:ReLU", "--cases", "0"], "at least 1"),
+        (["modula_agd:ReLU", "--side", "0"], "at least 1"),
         (["modula_agd:ReLU", "--device", "nowhere"], "cannot be used"),
     ],
 )
@@ -51,3 +52,12 @@ def test_an_unknown_flag_exits_with_2(capsys) -> None:
         main(["verify", "--lr", "1"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_file_that_fails_to_load_is_a_mistake_and_neighbours_are_found(tmp_path, capsys) -> None:
+    (tmp_path / "fails.py").write_text("1 / 0")
+    (tmp_path / "neighbour.py").write_text("from modula_agd import ReLU")
+    (tmp_path / "torch.py").write_text("from neighbour import ReLU\nlayer = ReLU()")
+    assert main(["verify", f"{tmp_path}/fails.py:x"]) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert main(["verify", f"{tmp_path}/torch.py:layer", "--cases", "2", "--quiet"]) == 0
