@@ -61,10 +61,15 @@ from modula_agd.norm import Sign as Sign
 from modula_agd.norm import Spectral as Spectral
 from modula_agd.optimizer import AGD as AGD
 from modula_agd.space import Features as Features
+from modula_agd.space import Heads as Heads
 from modula_agd.space import Image as Image
 from modula_agd.space import Logits as Logits
+from modula_agd.space import Mask as Mask
 from modula_agd.space import Sequence as Sequence
 from modula_agd.space import Space as Space
 from modula_agd.space import Tokens as Tokens
+from modula_agd.wiring import Shared as Shared
+from modula_agd.wiring import Take as Take
+from modula_agd.wiring import each as each
 
 __version__ = "0.1.0"

@@ -8,7 +8,8 @@ from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Certified, ClosedForm, ExactGrowth, Search
 from modula_agd.method import Method
-from modula_agd.module import Constants, Module
+from modula_agd.module import Module
+from modula_agd.run import Constants
 
 
 def agd(
@@ -67,7 +68,7 @@ def agd(
         )
     if not isinstance(magnitude, int | float) or not 0 < magnitude < math.inf:
         raise InvalidArgument(f"agd was given magnitude={magnitude!r}; the inputs' norm bound must be > 0 and finite")
-    if all(atom.mass == 0 for _, atom in network.atoms()):
+    if all(atom.mass == 0 for atom in network.weights().values()):
         raise InvalidArgument(f"{network!r} has no weight to train: every atom has mass 0, or there is none")
     method = Method(network, loss, direction, search, sizes, constants, float(magnitude), nonfinite)
     method._spaces()
@@ -80,7 +81,7 @@ def published(network: Module, loss: Loss) -> Method:
 
     The declared size is 1 for every weight matrix. The paper has no biases; here a ``Bias`` counts with its own size.
     """
-    tensors = sum(1 for _ in network.atoms())
+    tensors = len(network.weights())
     return agd(network, loss, direction="frobenius", search=ClosedForm(depth=tensors, magnitude=1.0))
 
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from modula_agd import bound as algebra
-from modula_agd.bound import Bound, Gain, Number
+from modula_agd.bound import Bound, Constant, Gain, Number
 from modula_agd.error import InvalidArgument, SpaceMismatch, UnknownBound
-from modula_agd.module import Module, Parameters, Step, Weighted, join, mismatch
+from modula_agd.module import Module, join, mismatch
 from modula_agd.norm import Norm, drawing_dtype
+from modula_agd.run import EVALUATION, Parameters, Run, Step, Weighted
 from modula_agd.space import Space, Tuple
 
 
@@ -32,6 +33,13 @@ def applied(module: Module, apply: Callable[[], Any], *tensors: Any) -> Any:
     except RuntimeError as error:
         what = " and ".join(f"{tuple(x.shape)} {x.dtype}" for x in tensors if isinstance(x, Tensor))
         raise SpaceMismatch(f"{module!r} could not be applied to tensors of {what}: {error}") from error
+
+
+def _graded(bound: Any, constant: Constant, what: str) -> Any:
+    """A bound, or each of a tuple, resting on one more constant."""
+    if isinstance(bound, tuple):
+        return tuple(_graded(part, constant, what) for part in bound)
+    return bound.graded(constant, what)
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,8 @@ class Atom(Module, ABC):
         """The least size that a tracked weight is held to have, so that a weight near zero can still move."""
         return 0.01 * self.size
 
-    def rule(self, x: Bound, size: Number, step: Number, gain: float) -> Bound:
-        """How the bound passes; linear in weight and input unless overridden."""
+    def rule(self, x: Bound, size: Number, step: Number, gain: float) -> Any:
+        """How the bound passes; linear in weight and input unless overridden. A tuple of bounds into a tuple."""
         return algebra.atom(x, size, step, self.mass, gain)
 
     def draw(self, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -88,7 +96,7 @@ class Atom(Module, ABC):
             raise SpaceMismatch(mismatch(self, self.domain, domain))
         return self
 
-    def apply(self, params: Parameters, x: Any, path: str = "") -> Any:
+    def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Any:
         name = join(path, self.parameter)
         if name not in params:
             raise InvalidArgument(
@@ -105,7 +113,7 @@ class Atom(Module, ABC):
     def propagate(self, x: Any, step: Step, path: str = "") -> Any:
         constant = step.constant(self.gain)
         size = step.sizes.get(join(path, self.parameter), self.size)
-        return self.rule(x, size, self.mass * step.t, constant.value).graded(constant, f"gain of {self!r}")
+        return _graded(self.rule(x, size, self.mass * step.t, constant.value), constant, f"gain of {self!r}")
 
     def atoms(self, path: str = "") -> Iterator[tuple[str, Weighted]]:
         yield join(path, self.parameter), self
@@ -167,7 +175,7 @@ class Bond(Module, ABC):
         """The domain that leads to ``codomain``, or None where that does not settle it."""
         return codomain if type(self).codomain_of is Bond.codomain_of else None
 
-    def rule(self, x: Any, gain: float) -> Bound:
+    def rule(self, x: Any, gain: float) -> Any:
         """How the bound passes, with the Lipschitz constant to use."""
         limit = getattr(self, "at_zero") + gain * x.magnitude  # noqa: B009 (declared by every final subclass)
         if math.isfinite(self.limit):
@@ -191,9 +199,9 @@ class Bond(Module, ABC):
     def preimage(self, codomain: Space) -> Space | None:
         return self.on or self.domain_of(codomain)
 
-    def apply(self, params: Parameters, x: Any, path: str = "") -> Any:
+    def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Any:
         return applied(self, lambda: self.forward(x), x)
 
     def propagate(self, x: Any, step: Step, path: str = "") -> Any:
         constant = step.constant(getattr(self, "gain"))  # noqa: B009
-        return self.rule(x, constant.value).graded(constant, f"Lipschitz constant of {self!r}")
+        return _graded(self.rule(x, constant.value), constant, f"Lipschitz constant of {self!r}")

@@ -12,7 +12,7 @@ All scalars stay on the device, so that a step waits for nothing.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -23,8 +23,9 @@ from modula_agd.device import precise
 from modula_agd.error import InvalidArgument, NonFiniteGradient, UnknownBound
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence, Majorant, Search
-from modula_agd.module import Constants, Module, Weighted
+from modula_agd.module import Module
 from modula_agd.norm import Direction, wide
+from modula_agd.run import Constants, Weighted
 from modula_agd.space import Space
 
 Scalar = Float[Tensor, ""]
@@ -91,22 +92,35 @@ class Method:
     @cached_property
     def atoms(self) -> dict[str, Weighted]:
         """Each atom by the name of its parameter."""
-        return dict(self.network.atoms())
+        return self.network.weights()
 
     @property
     def needs_evidence(self) -> bool:
         """Whether ``update`` must be given ``evidence``."""
         return self.search.needs_evidence
 
-    def objective(self, params: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Scalar:
-        """The mean loss of a batch, to be differentiated in ``params``."""
-        return self.loss(self.network(params, inputs), targets)
+    def objective(
+        self,
+        params: Mapping[str, Tensor],
+        inputs: Any,
+        targets: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Scalar:
+        """The mean loss of a batch as in training, to be differentiated in ``params``.
 
-    def evidence(self, params: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Evidence:
+        Args:
+            params: every parameter by name.
+            inputs: a batch in the network's domain.
+            targets: as the loss takes them.
+            generator: source of dropout's masks; needed by a network with dropout alone.
+        """
+        return self.loss(self.network.run(params, inputs, generator=generator)[0], targets)
+
+    def evidence(self, params: Mapping[str, Tensor], inputs: Any, targets: Tensor) -> Evidence:
         """R and a₀ of a batch, by one forward pass."""
         with torch.no_grad():
             domain, codomain = self._spaces()
-            outputs = self.network(params, inputs)
+            outputs, _ = self.network.run(params, inputs)
             residual = self.loss.residual(outputs, targets, codomain)
             return Evidence(residual, domain.norm(inputs).amax())
 

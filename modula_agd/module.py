@@ -21,58 +21,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modula_agd import bound as algebra
-from modula_agd.bound import Bound, Gain, Number
+from modula_agd.bound import Bound, Number
 from modula_agd.error import InvalidArgument, SpaceMismatch, UnknownBound
 from modula_agd.norm import Norm
-from modula_agd.space import Space, Tokens, Tuple, positive
+from modula_agd.run import EVALUATION, Constants, Parameters, Run, Step, Weighted
+from modula_agd.space import Mask, Space, Tokens, Tuple, positive
 from modula_agd.summary import Row, summary
 from modula_agd.torch_module import TorchModule
-
-Constants = Literal["typical", "proved"]
-Parameters = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Step:
-    """The step whose effect a bound follows through a network.
-
-    Args:
-        t: relative step of an atom of mass 1, ≥ 0; a number or a tensor of any shape.
-        constants: which Lipschitz constants to use, mean-field ("typical") or worst-case ("proved").
-        sizes: upper bounds of the current weight norms by parameter name; an absent one has its declared size.
-    """
-
-    t: Number = 0.0
-    constants: Constants = "typical"
-    sizes: Mapping[str, Number] = field(default_factory=dict)
-
-    def constant(self, gain: Gain) -> algebra.Constant:
-        """The constant to use of the two."""
-        return gain.proved if self.constants == "proved" else gain.typical
-
-
-@runtime_checkable
-class Weighted(Protocol):
-    """What everything above needs of an atom (``layer.Atom`` documents each)."""
-
-    @property
-    def mass(self) -> float: ...
-    @property
-    def size(self) -> float: ...
-    @property
-    def floor(self) -> float: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def norm(self) -> Norm: ...
-    def draw(self, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor: ...
-
 
 def join(path: str, name: str) -> str:
     """The dotted name of a part below ``path``; either may be empty."""
@@ -107,7 +68,7 @@ class Module(ABC):
         """This module with its domain settled, or ``SpaceMismatch``."""
 
     @abstractmethod
-    def apply(self, params: Parameters, x: Any, path: str = "") -> Any:
+    def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Any:
         """The map itself, on a batch; ``path`` is the prefix of this module's parameter names."""
 
     @abstractmethod
@@ -129,25 +90,76 @@ class Module(ABC):
 
     # -- what follows ----------------------------------------------------------------------------------------------------
 
-    def __call__(self, params: Parameters, x: Any) -> Any:
-        """Apply the network to a batch.
+    def __call__(self, params: Parameters, x: Any, buffers: Parameters | None = None) -> Any:
+        """Apply the network to a batch, as in evaluation: running statistics, no dropout.
 
         Args:
             params: every parameter by name, as ``init`` returns them.
             x: a batch in the domain.
+            buffers: running statistics by name, which only a network with batch norm has.
 
         Raises:
             SpaceMismatch: the batch is not in the domain.
-            InvalidArgument: a parameter is missing.
+            InvalidArgument: a parameter or a running statistic is missing.
         """
         if self.domain is not None:
             self.domain.check(x, self)
-        return self.apply(params, x)
+        return self.apply(params, x, "", Run(buffers=buffers or {}))
+
+    def run(
+        self,
+        params: Parameters,
+        x: Any,
+        buffers: Parameters | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Apply the network as in training: statistics of the batch itself, dropout on. Pure.
+
+        Args:
+            params: every parameter by name.
+            x: a batch in the domain.
+            buffers: running statistics so far; those that the network starts with by default.
+            generator: source of dropout's masks, on the batch's device; needed by a network with dropout alone.
+
+        Returns:
+            The outputs, and the running statistics with this batch counted in; ``{}`` for most networks.
+
+        Raises:
+            SpaceMismatch: the batch is not in the domain.
+            InvalidArgument: a parameter is missing, or dropout has no generator.
+        """
+        if self.domain is not None:
+            self.domain.check(x, self)
+        run = Run(True, generator, buffers or {})
+        return self.apply(params, x, "", run), {**run.buffers, **run.renewed}
+
+    def buffers(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, path: str = ""
+    ) -> dict[str, Tensor]:
+        """The running statistics that training starts with, by name; ``{}`` unless there is a batch norm."""
+        own = [child.buffers(device, dtype, join(path, name)) for name, child in self.children]
+        return {name: value for part in own for name, value in part.items()}
 
     def atoms(self, path: str = "") -> Iterator[tuple[str, Weighted]]:
-        """Each atom with the name of its parameter, in order of application."""
+        """Each use of an atom with the name of its parameter, in order of application."""
         for name, child in self.children:
             yield from child.atoms(join(path, name))
+
+    def weights(self) -> dict[str, Weighted]:
+        """Each parameter with the atom that declares its shape, norm, size and mass; a shared one once.
+
+        Raises:
+            InvalidArgument: two uses of a shared weight declare it differently.
+        """
+        found: dict[str, Weighted] = {}
+        for name, atom in self.atoms():
+            first = found.setdefault(name, atom)
+            if _declared(first) != _declared(atom):
+                raise InvalidArgument(
+                    f"{first!r} and {atom!r} share the weight {name!r}, but declare {_declared(first)} and {_declared(atom)}. "
+                    "Uses of one weight agree in shape, norm, size and mass."
+                )
+        return found
 
     def init(
         self, generator: torch.Generator | int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -162,7 +174,7 @@ class Module(ABC):
         if isinstance(generator, int):
             generator = torch.Generator().manual_seed(generator)
         place = torch.device(device)
-        return {name: atom.draw(generator, place, dtype) for name, atom in self.atoms()}
+        return {name: atom.draw(generator, place, dtype) for name, atom in self.weights().items()}
 
     def bound(
         self,
@@ -182,8 +194,7 @@ class Module(ABC):
         """
         if constants not in ("typical", "proved"):
             raise InvalidArgument(f"a bound was asked for with constants={constants!r}; choose 'typical' or 'proved'")
-        start = algebra.source(1.0 if isinstance(self.domain, Tokens) else magnitude)
-        end = self.propagate(start, Step(t, constants, sizes or {}))
+        end = self.propagate(_source(self.domain, magnitude), Step(t, constants, sizes or {}))
         if not isinstance(end, Bound):
             raise UnknownBound(
                 f"{self!r} gives a tuple, which has no single bound. Compose it with Multiply() or the like."
@@ -200,7 +211,7 @@ class Module(ABC):
 
     def to_torch(self, generator: torch.Generator | int = 0, **options: Any) -> TorchModule:
         """A ``torch.nn.Module`` with freshly drawn parameters of the same names; options as for ``init``."""
-        return TorchModule(self, self.init(generator, **options))
+        return TorchModule(self, self.init(generator, **options), self.buffers(**options))
 
     def __matmul__(self, inner: "Module | tuple[Module, ...]") -> "Module":
         return compose(self, inner)
@@ -235,11 +246,22 @@ class Module(ABC):
         return Compose(_settled(parts * copies)) if copies > 1 else self
 
     def __str__(self) -> str:
-        rows = [Row(name, repr(atom), atom.shape, str(atom.norm), atom.mass) for name, atom in self.atoms()]
+        rows = [Row(name, repr(atom), atom.shape, str(atom.norm), atom.mass) for name, atom in self.weights().items()]
         try:
             return summary(rows, self.bound())
         except UnknownBound:
             return repr(self)
+
+
+def _declared(atom: Weighted) -> tuple[tuple[int, ...], Norm, float, float]:
+    return atom.shape, atom.norm, atom.size, atom.mass
+
+
+def _source(domain: Space | None, magnitude: Number) -> Any:
+    """The bound of an input: ids and masks have norm 1, each part of a tuple has a bound of its own."""
+    if isinstance(domain, Tuple):
+        return tuple(_source(part, magnitude) for part in domain.parts)
+    return algebra.source(1.0 if isinstance(domain, Tokens | Mask) else magnitude)
 
 
 # -- the algebra ---------------------------------------------------------------------------------------------------------
@@ -294,8 +316,14 @@ def _settled(chain: list[Module]) -> tuple[Module, ...]:
     return tuple(chain)
 
 
+def tuple_of(spaces: list[Space | None]) -> Space | None:
+    """The tuple of spaces once each is known."""
+    known = tuple(space for space in spaces if space is not None)
+    return Tuple(known) if len(known) == len(spaces) else None
+
+
 @dataclass(frozen=True)
-class _Composite(Module, ABC):
+class Composite(Module, ABC):
     """Shared by the modules that are made of others."""
 
     parts: tuple[Module, ...]
@@ -316,7 +344,7 @@ class _Composite(Module, ABC):
 
 
 @dataclass(frozen=True)
-class Compose(_Composite):
+class Compose(Composite):
     """A chain, in order of application; parameters are named by position, as in ``torch.nn.Sequential``."""
 
     @property
@@ -332,9 +360,9 @@ class Compose(_Composite):
             space = part.preimage(space) if space is not None else part.domain
         return space
 
-    def apply(self, params: Parameters, x: Any, path: str = "") -> Any:
+    def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Any:
         for index, part in enumerate(self.parts):
-            x = part.apply(params, x, join(path, str(index)))
+            x = part.apply(params, x, join(path, str(index)), run)
         return x
 
     def propagate(self, x: Any, step: Step, path: str = "") -> Any:
@@ -349,7 +377,7 @@ class Compose(_Composite):
 
 
 @dataclass(frozen=True)
-class Sum(_Composite):
+class Sum(Composite):
     """Branches on one input, added."""
 
     def __post_init__(self) -> None:
@@ -370,8 +398,8 @@ class Sum(_Composite):
     def preimage(self, codomain: Space) -> Space | None:
         return self.domain or self.parts[0].preimage(codomain)
 
-    def apply(self, params: Parameters, x: Any, path: str = "") -> Any:
-        first, *rest = self._each(lambda part, name: part.apply(params, x, name), path)
+    def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Any:
+        first, *rest = self._each(lambda part, name: part.apply(params, x, name, run), path)
         for value in rest:
             first = first + value
         return first
@@ -384,19 +412,18 @@ class Sum(_Composite):
 
 
 @dataclass(frozen=True)
-class Branches(_Composite):
+class Branches(Composite):
     """Several modules on one input, outputs side by side; written as a tuple."""
 
     @property
     def codomain(self) -> Space | None:
-        spaces = tuple(part.codomain for part in self.parts)
-        return None if None in spaces else Tuple(tuple(space for space in spaces if space is not None))
+        return tuple_of([part.codomain for part in self.parts])
 
     def bind(self, domain: Space) -> Module:
         return Branches(tuple(part.bind(domain) for part in self.parts))
 
-    def apply(self, params: Parameters, x: Any, path: str = "") -> Any:
-        return tuple(self._each(lambda part, name: part.apply(params, x, name), path))
+    def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Any:
+        return tuple(self._each(lambda part, name: part.apply(params, x, name, run), path))
 
     def propagate(self, x: Any, step: Step, path: str = "") -> Any:
         return tuple(self._each(lambda part, name: part.propagate(x, step, name), path))
@@ -433,8 +460,8 @@ class Scaled(Module):
     def preimage(self, codomain: Space) -> Space | None:
         return self.inner.preimage(codomain)
 
-    def apply(self, params: Parameters, x: Any, path: str = "") -> Any:
-        return self.factor * self.inner.apply(params, x, path)
+    def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Any:
+        return self.factor * self.inner.apply(params, x, path, run)
 
     def propagate(self, x: Any, step: Step, path: str = "") -> Any:
         return algebra.scaled(self.inner.propagate(x, step, path), self.factor)
@@ -442,5 +469,5 @@ class Scaled(Module):
     def __repr__(self) -> str:
         inner = repr(self.inner)
         return (
-            f"{self.factor:g} * {inner}" if not isinstance(self.inner, _Composite) else f"{self.factor:g} * ({inner})"
+            f"{self.factor:g} * {inner}" if not isinstance(self.inner, Composite) else f"{self.factor:g} * ({inner})"
         )

@@ -9,7 +9,9 @@ space             tensor                        norm per sample
 ``Sequence(d)``   [batch, time, d]              sup over time of RMS over d
 ``Image(c)``      [batch, c, h, w]              sup over (h, w) of RMS over c
 ``Logits(n)``     [batch, (time,) n]            max over n (and sup over time)
+``Heads(h, d)``   [batch, h, time, d]           sup over heads and time of RMS over d
 ``Tokens(n)``     integer ids, [batch, (time)]  1 (a one-hot vector); never perturbed
+``Mask()``        booleans, [batch, time]       0; never perturbed
 ================  ============================  ===========================================
 """
 
@@ -167,6 +169,60 @@ class Tokens(_Wide):
 
     def dual(self, gradient: Num[Tensor, "batch *time"]) -> Num[Tensor, " batch"]:
         raise SpaceMismatch("a gradient with respect to Tokens was asked for, but integer ids have none")
+
+
+@dataclass(frozen=True)
+class Heads(Space):
+    """Features of each attention head at each time; norm: supremum over heads and time of RMS over a head's features.
+
+    Args:
+        heads: number of heads.
+        width: features of each head.
+    """
+
+    heads: int
+    size: int
+    shape: ClassVar[str] = "[batch, heads, time, features of a head]"
+
+    def __post_init__(self) -> None:
+        positive("the number of heads", self.heads)
+        positive("the number of features of a head", self.size)
+
+    @property
+    def width(self) -> int:
+        return self.size
+
+    def fits(self, x: Tensor) -> bool:
+        return x.is_floating_point() and x.ndim in (3, 4) and x.shape[-3] == self.heads and x.shape[-1] == self.size
+
+    def norm(self, x: Num[Tensor, "batch heads time d"]) -> Num[Tensor, " batch"]:
+        return _rms(x, -1).amax((-2, -1))
+
+    def dual(self, gradient: Num[Tensor, "batch heads time d"]) -> Num[Tensor, " batch"]:
+        return _rms(gradient, -1).sum((-2, -1)) * gradient.shape[-1]
+
+    def __repr__(self) -> str:
+        return f"Heads({self.heads}, {self.size})"
+
+
+@dataclass(frozen=True)
+class Mask(Space):
+    """Which positions of a sequence are there (True) and which are padding; no step ever perturbs it."""
+
+    shape: ClassVar[str] = "[batch, time] of booleans"
+
+    @property
+    def width(self) -> int:
+        return 1
+
+    def fits(self, x: Tensor) -> bool:
+        return x.ndim in (1, 2) and x.dtype == torch.bool
+
+    def norm(self, x: Num[Tensor, "batch time"]) -> Num[Tensor, " batch"]:
+        return torch.zeros(x.shape[0], device=x.device)
+
+    def dual(self, gradient: Num[Tensor, "batch time"]) -> Num[Tensor, " batch"]:
+        raise SpaceMismatch("a gradient with respect to a Mask was asked for, but booleans have none")
 
 
 @dataclass(frozen=True, repr=False)

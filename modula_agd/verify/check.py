@@ -195,7 +195,7 @@ def subjects(thing: Any) -> list[Any]:
         )
     if thing.domain is None:
         return [bound for bound in (_bound(thing, space) for space in _SPACES) if bound is not None] or [_paired(thing)]
-    norms = [Shaped(atom.norm, atom.shape) for _, atom in thing.atoms()]
+    norms = [Shaped(atom.norm, atom.shape) for atom in thing.weights().values()]
     return [thing, *dict.fromkeys(norms)]
 
 

@@ -16,7 +16,8 @@ from modula_agd.bound import source
 from modula_agd.loss import Loss, SquareLoss
 from modula_agd.majorisation import Certified, ClosedForm, ExactGrowth
 from modula_agd.method import Method, State
-from modula_agd.module import Module, Step
+from modula_agd.module import Module
+from modula_agd.run import Step
 from modula_agd.space import Space
 from modula_agd.verify.draw import ModuleDraw
 from modula_agd.verify.law import Device, Law, Measurement, side

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from modula_agd.bound import Bound, source
-from modula_agd.module import Module, Step
+from modula_agd.module import Module
+from modula_agd.run import Step
 from modula_agd.space import Space, Tokens
 from modula_agd.verify.draw import ModuleDraw, activation, generators, matrix
 from modula_agd.verify.law import Device, Law, Measurement, side
@@ -50,7 +51,7 @@ class Case:
         self.magnitude = 1.0 if self.tokens else draw.magnitude
         self.input_step = 0.0 if self.tokens else draw.input_step
         self.params, self.moved, self.change = {}, {}, {}
-        for name, atom in module.atoms():
+        for name, atom in module.weights().items():
             weight, step = tensors[f"weight {name}"], tensors[f"step {name}"]
             weight = _normalised(weight, atom.norm.size(weight), atom.size)
             if draw.steps in ("along", "against"):
@@ -101,7 +102,7 @@ class ModuleLaw(Law, ABC):
         tensors = {"input": activation(draw.inputs, domain, draw, next(stream))}
         kind = draw.input_steps if draw.input_steps not in ("along", "against") else "gaussian"
         tensors["input step"] = activation(kind, domain, draw, next(stream))
-        for name, atom in subject.atoms():
+        for name, atom in subject.weights().items():
             tensors[f"weight {name}"] = matrix(draw.weights, atom.shape, next(stream))
             kind = draw.steps if draw.steps not in ("along", "against") else "zero"
             tensors[f"step {name}"] = matrix(kind, atom.shape, next(stream))
