@@ -22,6 +22,7 @@ def agd(
     constants: Constants | None = None,
     magnitude: float = 1.0,
     nonfinite: Literal["raise", "skip"] = "raise",
+    momentum: float | None = None,
 ) -> Method:
     """A method without a learning rate, derived from what the network and the loss declare.
 
@@ -35,6 +36,8 @@ def agd(
         constants: "typical" (default) or "proved" Lipschitz constants.
         magnitude: a₀, declared bound of the inputs' norms; a certified search measures it instead.
         nonfinite: what a NaN or infinite gradient does: "raise", or "skip" the step and count it.
+        momentum: β, 0 ≤ β < 1, for minibatches: the direction is made of past gradients, and the fresh one measures the
+            descent along it. None, for full batches, makes both of the same gradient.
 
     Raises:
         InvalidArgument: an option is unknown, or contradicts the search.
@@ -70,7 +73,14 @@ def agd(
         raise InvalidArgument(f"agd was given magnitude={magnitude!r}; the inputs' norm bound must be > 0 and finite")
     if all(atom.mass == 0 for atom in network.weights().values()):
         raise InvalidArgument(f"{network!r} has no weight to train: every atom has mass 0, or there is none")
-    method = Method(network, loss, direction, search, sizes, constants, float(magnitude), nonfinite)
+    if momentum is not None and not (isinstance(momentum, int | float) and 0 <= momentum < 1):
+        raise InvalidArgument(f"agd was given momentum={momentum!r}, which must be at least 0 and below 1, or None")
+    if momentum is not None and search.needs_evidence:
+        raise InvalidArgument(
+            "a certified search was combined with momentum, but it certifies steps along the gradient of a full batch. "
+            "Leave momentum out."
+        )
+    method = Method(network, loss, direction, search, sizes, constants, float(magnitude), nonfinite, momentum)
     method._spaces()
     search.check(network.bound(0.0, magnitude=magnitude, constants=constants))
     return method
@@ -85,7 +95,13 @@ def published(network: Module, loss: Loss) -> Method:
     return agd(network, loss, direction="frobenius", search=ClosedForm(depth=tensors, magnitude=1.0))
 
 
+def held_out(network: Module, loss: Loss) -> Method:
+    """Spectral directions from past gradients, descent measured by the fresh one, exact growth: made for minibatches."""
+    return agd(network, loss, momentum=0.95)
+
+
 METHODS: dict[str, Callable[[Module, Loss], Method]] = {
+    "held-out": held_out,
     "agd": published,
     "closed-form": lambda network, loss: agd(network, loss, search=ClosedForm()),
     "exact": lambda network, loss: agd(network, loss, search=ExactGrowth()),

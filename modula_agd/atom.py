@@ -5,27 +5,28 @@ atom                         spaces                                 norm of the 
 ===========================  =====================================  =================================================
 ``Linear(o, i)``             Features(i) → Features(o)              sqrt(i/o)·σ_max(W)
 ``Linear(Logits(o), i)``     Features(i) → Logits(o)                max over rows of sqrt(i)·‖W_row‖₂
-``Conv2d(o, i, k)``          Image(i) → Image(o)                    k·max over taps of sqrt(i/o)·σ_max(W_tap)
+``Linear(Heads(h, d), …)``   Sequence(i) → Heads(h, d)              max over heads of sqrt(i/d)·σ_max(W_head)
 ``Embedding(d, n)``          Tokens(n) → Sequence(d)                max over rows of RMS(W_row)
-``Bias(d)``                  any, onto itself                       RMS(b); max |b| on Logits
+``Unembedding(n, d)``        Sequence(d) → Logits(n)                max over rows of RMS(W_row)
+``Bias(d)``                  any, onto itself                       RMS(b); max |b| on Logits; largest head on Heads
 ``Scale(d)``                 any, onto itself                       max |s|
 ===========================  =====================================  =================================================
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
 from modula_agd import bound as algebra
-from modula_agd.bound import Bound, Gain, Number
+from modula_agd.bound import Bound, Number
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.layer import Atom
-from modula_agd.norm import RMS, Norm, PerTap, RowNorm, Sign, Spectral
-from modula_agd.space import Features, Image, Logits, Sequence, Space, Tokens, positive
+from modula_agd.norm import RMS, Norm, RowBlocks, RowNorm, Sign, Spectral
+from modula_agd.space import Features, Heads, Image, Logits, Sequence, Space, Tokens, Volume, positive
 
 
 def _features(space: int | Space) -> Space:
@@ -53,10 +54,10 @@ class Linear(Atom):
             raise SpaceMismatch(
                 f"{self!r}: a Linear takes Features or Sequence, not {self.domain}. Flatten images first."
             )
-        if not isinstance(self.codomain, Logits) and type(self.codomain) is not type(self.domain):
-            raise SpaceMismatch(
-                f"{self!r}: a Linear from {self.domain} gives {type(self.domain).__name__} or Logits, not {self.codomain}"
-            )
+        into_heads = isinstance(self.domain, Sequence) and isinstance(self.codomain, Heads)
+        if not isinstance(self.codomain, Logits) and type(self.codomain) is not type(self.domain) and not into_heads:
+            allowed = "a Sequence, Heads" if isinstance(self.domain, Sequence) else "Features"
+            raise SpaceMismatch(f"{self!r}: a Linear from {self.domain} gives {allowed} or Logits, not {self.codomain}")
 
     @property
     def domain(self) -> Space:
@@ -67,107 +68,25 @@ class Linear(Atom):
         return type(self.domain)(_features(self.fan_out).width) if not isinstance(self.fan_out, Space) else self.fan_out  # pyright: ignore
 
     @property
+    def _heads(self) -> int:
+        return self.codomain.heads if isinstance(self.codomain, Heads) else 1
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        return self.codomain.width, self.domain.width
+        return self._heads * self.codomain.width, self.domain.width
 
     @property
     def norm(self) -> Norm:
-        return RowNorm.into_logits(self.domain.width) if isinstance(self.codomain, Logits) else Spectral()
+        if isinstance(self.codomain, Logits):
+            return RowNorm.into_logits(self.domain.width)
+        return RowBlocks(Spectral(), self._heads) if isinstance(self.codomain, Heads) else Spectral()
 
     def forward(self, weight: Tensor, x: Tensor) -> Tensor:
-        return functional.linear(x, weight)
+        y = functional.linear(x, weight)
+        return rearrange(y, "... t (h d) -> ... h t d", h=self._heads) if isinstance(self.codomain, Heads) else y
 
     def __repr__(self) -> str:
         return f"Linear({self.fan_out}, {self.fan_in})"
-
-
-@dataclass(frozen=True)
-class Conv2d(Atom):
-    """Cross-correlation with a kernel [o, i/groups, k_h, k_w], as ``torch.nn.Conv2d`` without bias, zero padding.
-
-    The weight's norm counts sqrt(k_h·k_w) for the sum over taps, as incoherent taps and the AGD paper's code have it; in
-    the worst case the taps add up to k_h·k_w (triangle inequality; attained where all taps are equal orthogonal matrices).
-
-    Args:
-        fan_out: number of channels out.
-        fan_in: number of channels in.
-        kernel: side, or (height, width).
-        stride: pixels between outputs.
-        padding: zeros added at each side.
-        dilation: pixels between taps.
-        groups: channel groups, each convolved on its own; divides both fans.
-    """
-
-    fan_out: int
-    fan_in: int
-    kernel: int | tuple[int, int] = 3
-    stride: int = field(default=1, kw_only=True)
-    padding: int = field(default=0, kw_only=True)
-    dilation: int = field(default=1, kw_only=True)
-    groups: int = field(default=1, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for what in ("fan_out", "fan_in", "stride", "dilation", "groups"):
-            positive(f"{what} of a Conv2d", getattr(self, what))
-        for side in self.sides:
-            positive("a kernel side of a Conv2d", side)
-        if not isinstance(self.padding, int) or self.padding < 0:
-            raise InvalidArgument(f"{self!r}: padding must be an integer ≥ 0, but is {self.padding!r}")
-        if self.fan_out % self.groups or self.fan_in % self.groups:
-            raise InvalidArgument(
-                f"{self!r}: {self.groups} groups must divide both {self.fan_out} and {self.fan_in} channels"
-            )
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """Kernel height and width."""
-        if isinstance(self.kernel, tuple) and len(self.kernel) == 2:
-            return self.kernel
-        positive("the kernel of a Conv2d, where it is not a pair (height, width),", self.kernel)  # pyright: ignore
-        return self.kernel, self.kernel  # pyright: ignore
-
-    @property
-    def domain(self) -> Space:
-        return Image(self.fan_in)
-
-    @property
-    def codomain(self) -> Space:
-        return Image(self.fan_out)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.fan_out, self.fan_in // self.groups, *self.sides
-
-    @property
-    def norm(self) -> Norm:
-        return PerTap(Spectral(), gain=math.sqrt(math.prod(self.sides)), groups=self.groups)
-
-    @property
-    def gain(self) -> Gain:  # pyright: ignore[reportIncompatibleVariableOverride]
-        taps = math.prod(self.sides)
-        if taps == 1:
-            return Gain.exact(1.0, "one tap: the operator norm itself")
-        return Gain.of(
-            math.sqrt(taps),
-            1.0,
-            source="triangle inequality over taps: k_h·k_w of them, sqrt(k_h·k_w) already in the norm",
-            witness="all taps one orthogonal matrix, all pixels its leading input",
-            mean_field="incoherent taps add in square, as in the AGD code (arXiv:2304.05187)",
-        )
-
-    def forward(self, weight: Tensor, x: Tensor) -> Tensor:
-        return functional.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
-
-    def __repr__(self) -> str:
-        given = {
-            "stride": (self.stride, 1),
-            "padding": (self.padding, 0),
-            "dilation": (self.dilation, 1),
-            "groups": (self.groups, 1),
-        }
-        extra = "".join(f", {name}={value}" for name, (value, default) in given.items() if value != default)
-        return f"Conv2d({self.fan_out}, {self.fan_in}, {self.kernel}{extra})"
 
 
 @dataclass(frozen=True)
@@ -216,6 +135,49 @@ class Embedding(Atom):
 
 
 @dataclass(frozen=True)
+class Unembedding(Atom):
+    """Scores of tokens, ⟨row of the table, x⟩/d at each position: a head that can share an ``Embedding``'s table.
+
+    Its weight is measured as the embedding's is, by the largest RMS of a row; dividing by d makes that the operator norm
+    into the maximum over tokens. Tie the two by ``Shared("embedding", …)`` around each.
+
+    Args:
+        tokens: n, number of distinct tokens.
+        width: d, features of the Sequence that it takes.
+    """
+
+    tokens: int
+    width: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("the number of tokens of an Unembedding", self.tokens)
+        positive("the width of an Unembedding", self.width)
+
+    @property
+    def domain(self) -> Space:
+        return Sequence(self.width)
+
+    @property
+    def codomain(self) -> Space:
+        return Logits(self.tokens)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tokens, self.width
+
+    @property
+    def norm(self) -> Norm:
+        return RowNorm.of_embedding(self.width)
+
+    def forward(self, weight: Tensor, x: Tensor) -> Tensor:
+        return functional.linear(x, weight) / self.width
+
+    def __repr__(self) -> str:
+        return f"Unembedding({self.tokens}, {self.width})"
+
+
+@dataclass(frozen=True)
 class _Diagonal(Atom):
     """Shared by the atoms that act on each feature, over whatever positions there are."""
 
@@ -223,8 +185,10 @@ class _Diagonal(Atom):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.domain, Features | Sequence | Image | Logits):
-            raise SpaceMismatch(f"{self!r} acts on Features, Sequence, Image or Logits, not on {self.domain}")
+        if not isinstance(self.domain, Features | Sequence | Image | Volume | Heads | Logits):
+            raise SpaceMismatch(
+                f"{self!r} acts on Features, Sequence, Image, Volume, Heads or Logits, not on {self.domain}"
+            )
 
     @property
     def domain(self) -> Space:
@@ -236,10 +200,12 @@ class _Diagonal(Atom):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.domain.width,)
+        return (self.domain.heads, self.domain.width) if isinstance(self.domain, Heads) else (self.domain.width,)
 
     def _aligned(self, weight: Tensor) -> Tensor:
-        return weight[:, None, None] if isinstance(self.domain, Image) else weight
+        if isinstance(self.domain, Heads):
+            return rearrange(weight, "h d -> h 1 d")
+        return weight.reshape(-1, *[1] * (-1 - self.domain.axis))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.space})"
@@ -261,6 +227,8 @@ class Bias(_Diagonal):
 
     @property
     def norm(self) -> Norm:
+        if isinstance(self.domain, Heads):
+            return RowNorm.of_embedding(self.domain.width)
         return Sign() if isinstance(self.domain, Logits) else RMS()
 
     @property

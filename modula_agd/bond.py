@@ -20,7 +20,8 @@ from modula_agd import bound as algebra
 from modula_agd.bound import Bound, Gain
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.layer import Bond
-from modula_agd.space import Features, Image, Logits, Sequence, Space, Tuple, positive
+from modula_agd.module import parts_of
+from modula_agd.space import Features, Image, Logits, Sequence, Space, Tuple, Volume, positive
 
 
 @dataclass(frozen=True)
@@ -220,121 +221,76 @@ class Flatten(_Linear):
 
 
 @dataclass(frozen=True)
-class Mean(_Linear):
-    """Average over positions: Image(c) or Sequence(c) → Features(c)."""
+class ToSequence(_Linear):
+    """Image(c) → Sequence(c): the pixels row by row, each a position with its channels as features."""
 
     def codomain_of(self, domain: Space) -> Space:
-        if not isinstance(domain, Image | Sequence):
+        if not isinstance(domain, Image):
+            raise SpaceMismatch(f"{self!r} takes an Image, but the module before it gives {domain}")
+        return Sequence(domain.width)
+
+    def domain_of(self, codomain: Space) -> Space | None:
+        return Image(codomain.width) if isinstance(codomain, Sequence) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(x, "... c h w -> ... (h w) c")
+
+    def __repr__(self) -> str:
+        return "ToSequence()"
+
+
+@dataclass(frozen=True)
+class Softmax(Bond):
+    """softmax over n scores, to n probabilities in the maximum norm.
+
+    A change of scores by ε moves them by at most tanh(ε/2) each, 2·tanh(ε/2) together.
+    """
+
+    gain: ClassVar[Gain] = Gain.exact(0.5, "|Δp| ≤ tanh(ε/2) ≤ ε/2 for each", "two equal scores, moved apart")
+    limit: ClassVar[float] = 1.0  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    @property
+    def at_zero(self) -> float:
+        return 1.0 if self.on is None else 1 / self.on.width
+
+    @property
+    def curvature(self) -> float | None:
+        # half of the l1 remainder of bound.attention, as the changes of probabilities sum to 0
+        return 1 / (3 * math.sqrt(3))
+
+    def codomain_of(self, domain: Space) -> Space:
+        if not isinstance(domain, Logits):
+            raise SpaceMismatch(f"{self!r} takes scores in Logits(n), but the module before it gives {domain}")
+        return domain
+
+    def domain_of(self, codomain: Space) -> Space | None:
+        return codomain if isinstance(codomain, Logits) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.softmax(-1)
+
+    def __repr__(self) -> str:
+        return "Softmax()"
+
+
+@dataclass(frozen=True)
+class Mean(_Linear):
+    """Average over positions: Sequence(c), Image(c) or Volume(c) → Features(c)."""
+
+    def codomain_of(self, domain: Space) -> Space:
+        if not isinstance(domain, Sequence | Image | Volume):
             raise SpaceMismatch(
-                f"{self!r} averages over the positions of an Image or a Sequence, but {domain} has none"
+                f"{self!r} averages over the positions of a Sequence, an Image or a Volume, but {domain} has none"
             )
         return Features(domain.width)
 
     def forward(self, x: Tensor) -> Tensor:
         # without a domain (never in a typed chain) the number of dimensions cannot tell an image from a sequence
-        return x.mean((-2, -1)) if isinstance(self.on, Image) else x.mean(-2)
+        first = -1 if self.on is None else self.on.axis
+        return x.mean(-2) if first == -1 else x.mean(tuple(range(first + 1, 0)))
 
     def __repr__(self) -> str:
         return "Mean()"
-
-
-def _window(bond: "AvgPool2d | MaxPool2d") -> None:
-    """Check the numbers of a pooling layer."""
-    kind = type(bond).__name__
-    positive(f"the kernel of {kind}", bond.kernel)
-    if bond.stride is not None:
-        positive(f"the stride of {kind}", bond.stride)
-    if bond.padding < 0 or 2 * bond.padding > bond.kernel:
-        raise InvalidArgument(
-            f"{kind} was given padding={bond.padding}; it lies between 0 and half the kernel, {bond.kernel}"
-        )
-
-
-def _image(bond: Bond, domain: Space) -> Space:
-    if not isinstance(domain, Image):
-        raise SpaceMismatch(f"{bond!r} pools an Image, but the module before it gives {domain}")
-    return domain
-
-
-def _pooling(bond: "AvgPool2d | MaxPool2d") -> str:
-    stride = f", stride={bond.stride}" if bond.stride not in (None, bond.kernel) else ""
-    padding = f", padding={bond.padding}" if bond.padding else ""
-    return f"{type(bond).__name__}({bond.kernel}{stride}{padding})"
-
-
-@dataclass(frozen=True)
-class AvgPool2d(_Linear):
-    """Average over windows of an Image.
-
-    Args:
-        kernel: side of the window, pixels.
-        stride: pixels between windows; the window's side by default.
-        padding: zeros at each side, counted in the average.
-    """
-
-    kernel: int
-    stride: int | None = None
-    padding: int = 0
-
-    def __post_init__(self) -> None:
-        _window(self)
-
-    def codomain_of(self, domain: Space) -> Space:
-        return _image(self, domain)
-
-    def domain_of(self, codomain: Space) -> Space | None:
-        return codomain
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.avg_pool2d(x, self.kernel, self.stride, self.padding)
-
-    def __repr__(self) -> str:
-        return _pooling(self)
-
-
-@dataclass(frozen=True)
-class MaxPool2d(Bond):
-    """Maximum over windows of an Image, each channel by itself.
-
-    In the supremum of RMS over channels it is not 1-Lipschitz: the channels of one output may come from different pixels.
-
-    Args:
-        kernel: side of the window, pixels.
-        stride: pixels between windows; the window's side by default.
-        padding: minus infinity at each side.
-    """
-
-    kernel: int
-    stride: int | None = None
-    padding: int = 0
-    at_zero: ClassVar[float] = 0.0
-
-    def __post_init__(self) -> None:
-        _window(self)
-
-    @property
-    def gain(self) -> Gain:
-        window = self.kernel**2
-        channels = window if self.on is None else min(window, self.on.width)
-        return Gain.of(
-            math.sqrt(channels),
-            1.0,
-            source="min(window, channels) pixels may each give a channel",
-            witness="each pixel of the window nonzero in one channel of its own",
-            mean_field="one pixel dominates",
-        )
-
-    def codomain_of(self, domain: Space) -> Space:
-        return _image(self, domain)
-
-    def domain_of(self, codomain: Space) -> Space | None:
-        return codomain
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.max_pool2d(x, self.kernel, self.stride, self.padding)
-
-    def __repr__(self) -> str:
-        return _pooling(self)
 
 
 @dataclass(frozen=True)
@@ -359,7 +315,7 @@ class UnitBall(Bond):
         return codomain
 
     def forward(self, x: Tensor) -> Tensor:
-        dim = -3 if isinstance(self.on, Image) else -1
+        dim = -1 if self.on is None else self.on.axis
         norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True) / math.sqrt(x.shape[dim])
         return x / norm.clamp(min=1.0)
 
@@ -399,11 +355,11 @@ class Multiply(Bond):
         return next((part for part in parts if not part.max_norm), parts[0])
 
     def rule(self, x: Any, gain: float) -> Bound:
-        left, right = x
+        left, right = parts_of(self, x, 2)
         return algebra.product(left, right, gain)
 
     def forward(self, x: Any) -> Tensor:
-        left, right = x
+        left, right = parts_of(self, x, 2)
         return left * right
 
     def __repr__(self) -> str:

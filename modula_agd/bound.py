@@ -219,3 +219,32 @@ def product(x: Bound, y: Bound, gain: float) -> Bound:
 def ball(x: Bound) -> Bound:
     """h/max(1, ‖h‖) in an RMS norm, which is 1-Lipschitz: a′ = min(a, 1), γ′ = 1 + (a/a′)(γ − 1)."""
     return bond(x, gain=1.0, limit=smaller(x.magnitude, 1.0))
+
+
+def attention(queries: Bound, keys: Bound, values: Bound, scale: float) -> Bound:
+    """softmax(σ₀·q·k)·v, with σ = σ₀·d·a_q·a_k: γ = γ_v + ε and D = D_v + σ·(D_q + D_k), where ε = σ·(γ_q·γ_k − 1).
+
+    A softmax moves by at most 2·tanh(ε/2) ≤ ε in l1 when its logits move by ε in the maximum norm, and
+    p′v′ − pv = p′(v′ − v) + (p′ − p)v. Its second-order remainder in l1 is at most (2/(3·sqrt 3))·ε².
+
+    Args:
+        queries: the bound of q, by its supremum over heads and positions of the RMS over a head's features.
+        keys: the bound of k.
+        values: the bound of v, whose magnitude an average over positions cannot exceed.
+        scale: σ₀·d, the score scale times the number of features of a head.
+    """
+    sigma = scale * queries.magnitude * keys.magnitude
+    score = sigma * (queries.growth * keys.growth - 1)
+    error = None
+    if queries.error is not None and keys.error is not None and values.error is not None:
+        crossed = queries.error + keys.error + (queries.growth - 1) * (keys.growth - 1)
+        curved = 2 / (3 * 3**0.5) * score * score
+        error = values.error + score * (values.growth - 1) + curved + sigma * crossed
+    return Bound(
+        magnitude=values.magnitude,
+        growth=values.growth + score,
+        error=error,
+        depth=values.depth + sigma * (queries.depth + keys.depth),
+        ceiling=values.ceiling + larger(1.0, sigma) * (queries.ceiling + keys.ceiling),
+        **_merged([queries, keys, values]),
+    )

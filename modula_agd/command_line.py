@@ -12,10 +12,11 @@ from modula_agd.error import ModulaError
 MISTAKE, INTERRUPTED = 2, 130
 
 COMMANDS = {
-    "train": "train a network on a data set",
-    "verify": "try to break the declared bounds of a module, loss or norm",
+    "train": ("modula_agd.train.command_line", "train a network on a data set"),
+    "sample": ("modula_agd.train.sample_command", "write text with a network that was trained on text"),
+    "verify": ("modula_agd.verify.command_line", "try to break the declared bounds of a module, loss or norm"),
 }
-"""Each lives in ``modula_agd.NAME.command_line``, which is imported only when asked for: extras may be missing."""
+"""Where each lives, which is imported only when asked for (extras may be missing), and what it does."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"modula-agd {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     try:
-        for name, about in COMMANDS.items():
+        for name, (module, about) in COMMANDS.items():
             command = commands.add_parser(name, help=about, allow_abbrev=False)
             if arguments[:1] == [name]:
-                importlib.import_module(f"modula_agd.{name}.command_line").configure(command)
+                importlib.import_module(module).configure(command)
         options = parser.parse_args(arguments)
         return options.run(options)
     # OSError: a folder that cannot be written, a full disk; ImportError: a missing extra. Their texts name what is missing.

@@ -1,12 +1,18 @@
-"""Compounds: whole architectures, each an algebraic expression over atoms and bonds."""
+"""Compounds: fully-connected and residual networks, each an algebraic expression over atoms and bonds.
+
+Convolutional networks are in ``convnet.py``, transformers in ``transformer.py``; the parts that all of them share are here.
+"""
 
 import math
+from typing import Literal
 
-from modula_agd.atom import Bias, Linear
-from modula_agd.bond import Identity, ReLU
-from modula_agd.error import InvalidArgument
+from modula_agd.atom import Bias, Linear, Scale
+from modula_agd.bond import Identity, Multiply, ReLU, SiLU
+from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.module import Module
-from modula_agd.space import Space, positive
+from modula_agd.space import Space, flag, positive
+
+Form = Literal["convex", "sum"]
 
 
 def rectifier() -> Module:
@@ -14,9 +20,18 @@ def rectifier() -> Module:
     return math.sqrt(2) * ReLU()
 
 
-def _linear(fan_out: int | Space, fan_in: int | Space, bias: bool) -> Module:
-    linear = Linear(fan_out, fan_in)
-    return Bias(linear.codomain) @ linear if bias else linear
+def linear(fan_out: int | Space, fan_in: int | Space, bias: bool = False) -> Module:
+    """A Linear, followed by a Bias if one is wanted."""
+    flag("the choice of a bias", bias)
+    layer = Linear(fan_out, fan_in)
+    return Bias(layer.codomain) @ layer if bias else layer
+
+
+def normalised(normalisation: Module, space: Space, affine: bool = False) -> Module:
+    """A normalisation of a space, followed by a scale and a bias of each feature if they are wanted."""
+    flag("the choice of affine parameters", affine)
+    bound = normalisation.bind(space)
+    return Bias(space) @ Scale(space) @ bound if affine else bound
 
 
 def MLP(outputs: int | Space, width: int, inputs: int, depth: int, *, bias: bool = False) -> Module:
@@ -31,28 +46,54 @@ def MLP(outputs: int | Space, width: int, inputs: int, depth: int, *, bias: bool
     """
     positive("the depth of an MLP", depth)
     if depth == 1:
-        return _linear(outputs, inputs, bias)
-    network = rectifier() @ _linear(width, inputs, bias)
+        return linear(outputs, inputs, bias)
+    network = rectifier() @ linear(width, inputs, bias)
     for _ in range(depth - 2):
-        network = rectifier() @ _linear(width, width, bias) @ network
-    return _linear(outputs, width, bias) @ network
+        network = rectifier() @ linear(width, width, bias) @ network
+    return linear(outputs, width, bias) @ network
 
 
-def residual(block: Module, blocks: int) -> Module:
-    """A convex residual stack ((1 − 1/B)·Identity + (1/B)·block)^B, whose depth is that of one block.
+def mixed(shortcut: Module, branch: Module, branches: int, form: Form = "convex") -> Module:
+    """One residual connection of a stack of ``branches``: (1 − 1/B)·shortcut + (1/B)·branch, or the plain sum.
+
+    In the convex form magnitudes stay and the stack has the depth of one branch; the plain sum lets them grow.
+    """
+    for side in (shortcut, branch):
+        if not isinstance(side, Module):
+            raise SpaceMismatch(f"a residual connection was asked for with {side!r}, which is not a module")
+    positive("the number of branches of a residual stack", branches)
+    if form not in ("convex", "sum"):
+        raise InvalidArgument(f"a residual connection was asked for in the form {form!r}; choose 'convex' or 'sum'")
+    if form == "sum":
+        return shortcut + branch
+    return branch if branches == 1 else (1 - 1 / branches) * shortcut + (1 / branches) * branch
+
+
+def residual(block: Module | tuple[Module, ...], blocks: int, *, form: Form = "convex") -> Module:
+    """A residual stack ((1 − 1/B)·Identity + (1/B)·block)^B, whose depth is that of one block.
 
     Args:
-        block: a module from a space to itself.
-        blocks: B ≥ 1, each with weights of its own.
+        block: a module from a space to itself; or several, such as attention and feed-forward, that take turns, each with
+            a residual connection of its own (B then counts them all).
+        blocks: number of blocks ≥ 1, each with weights of its own.
+        form: "convex", or "sum" for Identity + block.
     """
     positive("the number of residual blocks", blocks)
-    if block.domain != block.codomain:
-        raise InvalidArgument(
-            f"a residual block must map a space to itself, but {block!r} maps {block.domain} to {block.codomain}"
+    branches = block if isinstance(block, tuple) else (block,)
+    if not branches or not all(isinstance(branch, Module) for branch in branches):
+        raise SpaceMismatch(
+            f"a residual stack was asked for of {block!r}; give a module, or a tuple of modules in turn"
         )
-    if blocks == 1:
-        return block
-    return ((1 - 1 / blocks) * Identity() + (1 / blocks) * block) ** blocks
+    for branch in branches:
+        if branch.domain != branch.codomain:
+            raise InvalidArgument(
+                f"a residual block must map a space to itself, but {branch!r} maps {branch.domain} to {branch.codomain}"
+            )
+    count = blocks * len(branches)
+    stage, *rest = (mixed(Identity(), branch, count, form) for branch in branches)
+    for connection in rest:
+        stage = connection @ stage
+    return stage**blocks
 
 
 def ResMLP(
@@ -69,5 +110,22 @@ def ResMLP(
         bias: whether each Linear is followed by a Bias.
     """
     positive("the depth of a block", block_depth)
-    layer = _linear(width, width, bias) @ rectifier()
-    return _linear(outputs, width, bias) @ residual(layer**block_depth, blocks) @ _linear(width, inputs, bias)
+    layer = linear(width, width, bias) @ rectifier()
+    return linear(outputs, width, bias) @ residual(layer**block_depth, blocks) @ linear(width, inputs, bias)
+
+
+def SwiGLU(space: int | Space, hidden: int, *, bias: bool = False) -> Module:
+    """A gated feed-forward layer: Linear @ (SiLU(Linear x) ⊙ Linear x) (Shazeer 2020, arXiv:2002.05202).
+
+    Args:
+        space: Features or a Sequence, which it maps to itself.
+        hidden: features of the product.
+        bias: whether each Linear is followed by a Bias.
+    """
+    inner = linear(hidden, space, bias)
+    kind = inner.codomain
+    return (
+        linear(space, hidden if kind is None else kind, bias)
+        @ Multiply()
+        @ (SiLU() @ inner, linear(hidden, space, bias))
+    )

@@ -6,6 +6,15 @@ It knows no layer and no loss by name. One update:
 2. the search minimises the majorant (``majorisation.py``), which gives one number t;
 3. each weight moves by −t·m_k·ω_k·u_k.
 
+On a minibatch, ⟨g, u(g)⟩ counts noise as descent: a gradient always agrees with a direction made from itself. With
+``momentum`` the direction is made of *past* gradients, and the *fresh* one, which it has not seen, measures the descent at
+the same point; with β the momentum,
+
+    u_t = direction of m_{t−1}          s_t = Σ_k m_k·ω_k·⟨g_t, u_t⟩          Ŝ_t = mean of s_1 … s_t, with weights β^(t−i)
+    m_t = β·m_{t−1} + (1 − β)·g_t       t = argmin of the majorant at max(Ŝ_t, 0)
+
+The expectation of s_t over the fresh batch is the true descent along u_t. As signal drowns in noise Ŝ → 0, and the step with it.
+
 All scalars stay on the device, so that a step waits for nothing.
 """
 
@@ -25,6 +34,7 @@ from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence, Majorant, Search
 from modula_agd.module import Module
 from modula_agd.norm import Direction, wide
+from modula_agd.polar import working_dtype
 from modula_agd.run import Constants, Weighted
 from modula_agd.space import Space
 
@@ -45,6 +55,8 @@ class State(NamedTuple):
         sizes: ω_k of each parameter.
         steps: number of updates.
         skipped: number of them left out because of a non-finite gradient.
+        smoothed: Ŝ times its normaliser 1 − β^steps; 0 without momentum.
+        momentum: m of each parameter that has had a gradient; empty without momentum.
     """
 
     eta: Scalar
@@ -57,6 +69,8 @@ class State(NamedTuple):
     sizes: Float[Tensor, " parameters"]
     steps: Int[Tensor, ""]
     skipped: Int[Tensor, ""]
+    smoothed: Scalar
+    momentum: dict[str, Tensor]
 
 
 class Plan(NamedTuple):
@@ -87,6 +101,7 @@ class Method:
     constants: Constants
     magnitude: float
     nonfinite: Literal["raise", "skip"]
+    momentum: float | None = None
     _plans: dict[torch.device, Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -157,6 +172,8 @@ class Method:
             sizes=plan.sizes,
             steps=count,
             skipped=count,
+            smoothed=zero,
+            momentum={},
         )
 
     def update(
@@ -195,8 +212,12 @@ class Method:
                 descents.append(zero)
                 continue
             norm = atom.norm if self.direction == "spectral" else atom.norm.euclidean
-            directions[name] = norm.direction(gradient.detach())
-            descents.append(directions[name].pair(gradient.detach()))
+            gradient = gradient.detach()
+            if self.momentum is not None and name in state.momentum:
+                directions[name] = norm.direction(state.momentum[name]).where(gradient)
+            else:
+                directions[name] = norm.direction(gradient)
+            descents.append(directions[name].pair(gradient))
         pairs = torch.stack(descents)
 
         sizes = self._sizes(params, device)
@@ -208,7 +229,14 @@ class Method:
         if not masked:
             self._raise_nonfinite(pairs * sizes)
 
-        majorant = self._majorant(torch.where(finite, descent, 0.0).clamp(min=0.0), sizes, device, evidence)
+        usable = torch.where(finite, descent, 0.0)
+        smoothed = state.smoothed
+        if self.momentum is not None:
+            smoothed = torch.where(finite, smoothed.lerp(usable, 1 - self.momentum), smoothed)
+            # a skipped batch counts in no mean
+            seen = (state.steps - state.skipped + finite.to(state.steps.dtype)).to(smoothed.dtype)
+            usable = torch.where(finite, smoothed / (1 - self.momentum**seen).clamp(min=1e-12), 0.0)
+        majorant = self._majorant(usable.clamp(min=0.0), sizes, device, evidence)
         best = self.search.minimum(majorant)
         # sizes or magnitudes near the ends of the number range can overflow on the way to a step
         finite = finite & best.t.isfinite()
@@ -233,12 +261,40 @@ class Method:
             sizes=sizes,
             steps=state.steps + 1,
             skipped=state.skipped + (~finite).to(state.skipped.dtype),
+            smoothed=smoothed,
+            momentum=self._renewed(state.momentum, grads, finite if masked else None),
         )
         return updates, after
 
     def check(self, state: State) -> None:
         """Raise ``NonFiniteGradient`` if the update behind ``state`` met one. Waits for the device."""
         self._raise_nonfinite(state.descents * state.sizes)
+
+    def _renewed(
+        self, momentum: Mapping[str, Tensor], grads: Mapping[str, Tensor | None], finite: Tensor | None
+    ) -> dict[str, Tensor]:
+        """m_t: the fresh gradients counted in; a parameter's first gradient is its momentum."""
+        if self.momentum is None:
+            return {}
+        fresh = {
+            name: gradient.detach().to(working_dtype(gradient.dtype))
+            for name, gradient in grads.items()
+            if gradient is not None and self.atoms[name].mass > 0
+        }
+        known = [name for name in fresh if name in momentum]
+        # a copy: the caller may clear gradients in place
+        moved = dict(momentum) | {name: value.clone() for name, value in fresh.items() if name not in momentum}
+        if known:
+            old, new = [momentum[name] for name in known], [fresh[name] for name in known]
+            # one kernel for all parameters, as in torch's own optimizers
+            renewed = torch._foreach_lerp(old, new, 1 - self.momentum)  # pyright: ignore[reportPrivateImportUsage]
+            moved |= dict(zip(known, renewed, strict=True))
+        if finite is not None:
+            moved = {
+                name: torch.where(finite, value, momentum.get(name, torch.zeros_like(value)))
+                for name, value in moved.items()
+            }
+        return moved
 
     # -- parts of an update ----------------------------------------------------------------------------------------------
 

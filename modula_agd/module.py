@@ -20,7 +20,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,9 +31,10 @@ from modula_agd.bound import Bound, Number
 from modula_agd.error import InvalidArgument, SpaceMismatch, UnknownBound
 from modula_agd.norm import Norm
 from modula_agd.run import EVALUATION, Constants, Parameters, Run, Step, Weighted
-from modula_agd.space import Mask, Space, Tokens, Tuple, positive
+from modula_agd.space import Mask, Sequence, Space, Tokens, Tuple, positive
 from modula_agd.summary import Row, summary
 from modula_agd.torch_module import TorchModule
+
 
 def join(path: str, name: str) -> str:
     """The dotted name of a part below ``path``; either may be empty."""
@@ -102,8 +103,7 @@ class Module(ABC):
             SpaceMismatch: the batch is not in the domain.
             InvalidArgument: a parameter or a running statistic is missing.
         """
-        if self.domain is not None:
-            self.domain.check(x, self)
+        self._check(x, buffers)
         return self.apply(params, x, "", Run(buffers=buffers or {}))
 
     def run(
@@ -125,13 +125,32 @@ class Module(ABC):
             The outputs, and the running statistics with this batch counted in; ``{}`` for most networks.
 
         Raises:
-            SpaceMismatch: the batch is not in the domain.
+            SpaceMismatch: the batch is not in the domain, or is one sequence without a batch dimension.
             InvalidArgument: a parameter is missing, or dropout has no generator.
         """
-        if self.domain is not None:
-            self.domain.check(x, self)
+        self._check(x, buffers)
+        if isinstance(self.domain, Sequence) and x.ndim == self.domain.sample:
+            # [batch, features] fits too, and attention would mix the samples
+            raise SpaceMismatch(
+                f"{self!r} was trained on a tensor of shape {tuple(x.shape)}, but takes {self.domain} = {self.domain.shape}. Pass "
+                f"{x.shape[0]} samples of one position as x[:, None], one sample of {x.shape[0]} positions as x[None]."
+            )
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise InvalidArgument(
+                f"{self!r} was run with generator={generator!r}. Pass a torch.Generator, such as "
+                "torch.Generator().manual_seed(0)."
+            )
         run = Run(True, generator, buffers or {})
         return self.apply(params, x, "", run), {**run.buffers, **run.renewed}
+
+    def _check(self, x: Any, buffers: object) -> None:
+        if self.domain is not None:
+            self.domain.check(x, self)
+        if buffers is not None and not isinstance(buffers, Mapping):
+            raise InvalidArgument(
+                f"{self!r} was given {type(buffers).__name__} in the place of its running statistics. Pass the dictionary that "
+                "network.run returned, and a generator by name."
+            )
 
     def buffers(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, path: str = ""
@@ -316,6 +335,16 @@ def _settled(chain: list[Module]) -> tuple[Module, ...]:
     return tuple(chain)
 
 
+def parts_of(module: Module, x: Any, count: int) -> tuple[Any, ...]:
+    """The parts of what a module that takes several was given: activations, or bounds."""
+    if not isinstance(x, tuple) or len(x) != count:
+        given = f"a tuple of {len(x)}" if isinstance(x, tuple) else f"one {type(x).__name__}"
+        raise SpaceMismatch(
+            f"{module!r} takes a tuple of {count}, but was given {given}. Put as many branches before it, written as a tuple."
+        )
+    return x
+
+
 def tuple_of(spaces: list[Space | None]) -> Space | None:
     """The tuple of spaces once each is known."""
     known = tuple(space for space in spaces if space is not None)
@@ -468,6 +497,4 @@ class Scaled(Module):
 
     def __repr__(self) -> str:
         inner = repr(self.inner)
-        return (
-            f"{self.factor:g} * {inner}" if not isinstance(self.inner, Composite) else f"{self.factor:g} * ({inner})"
-        )
+        return f"{self.factor:g} * {inner}" if not isinstance(self.inner, Composite) else f"{self.factor:g} * ({inner})"

@@ -20,7 +20,7 @@ norm           ‖W‖                                        direction         
 ``RowNorm``    max over rows of factor·‖W_row‖₂           each row g_row/(factor·‖g_row‖₂)    Σ_rows ‖g_row‖₂/factor
 ``RMS``        ‖b‖₂/sqrt(d)                               sqrt(d)·b/‖b‖₂                      sqrt(d)·‖g‖₂
 ``Sign``       max |s|                                    sign(g)                             ‖g‖₁
-``PerTap``     gain·max over taps of the inner norm       per tap, divided by gain            Σ_taps inner dual/gain
+``RowBlocks``  max over blocks of rows of the inner norm  per block                           Σ_blocks inner dual
 =============  =========================================  ==================================  ======================
 """
 
@@ -58,6 +58,16 @@ class Direction(NamedTuple):
     def dense(self) -> Float[Tensor, "*shape"]:
         """The direction u itself."""
         return self.base * self.factor.to(self.base.dtype)
+
+    def where(self, gradient: Float[Tensor, "*shape"]) -> "Direction":
+        """The same direction, but 0 in each row of which ``gradient`` says nothing, where the direction is made row by row.
+
+        A row of an embedding whose token has not been seen lately would move at full speed in a stale direction.
+        """
+        if self.factor.ndim == 0:
+            return self
+        seen = gradient.flatten(1).count_nonzero(1).reshape(self.factor.shape) > 0
+        return Direction(self.base, self.factor * seen)
 
     def pair(self, gradient: Float[Tensor, "*shape"]) -> Scalar:
         """⟨gradient, u⟩, the descent per unit step along u, in double precision."""
@@ -270,51 +280,44 @@ class Sign(Norm):
 
 
 @dataclass(frozen=True)
-class PerTap(Norm):
-    """gain·max over taps (and groups) of a matrix norm, for a convolution kernel [o, i/groups, *kernel].
+class RowBlocks(Norm):
+    """max over equal blocks of rows of a matrix norm: a fused weight whose parts count each by itself.
 
     Args:
-        inner: the norm of one tap's matrix [o/groups, i/groups], ``Spectral()`` or ``Frobenius()``.
-        gain: what the sum over taps may add up to, in units of one tap; the AGD code uses sqrt(k_h·k_w).
-        groups: channel groups, each with matrices of its own.
+        inner: the norm of one block [rows/blocks, i], ``Spectral()`` or ``Frobenius()``.
+        blocks: number of blocks, which divides the rows.
     """
 
     inner: Norm
-    gain: float
-    groups: int = 1
+    blocks: int
 
-    def _taps(self, kernel: Tensor) -> Tensor:
-        # one name for any number of kernel dimensions
-        return rearrange(kernel.flatten(2), "(g o) i k -> k g o i", g=self.groups)
+    def _stack(self, weight: Tensor) -> Tensor:
+        return rearrange(weight, "(b o) i -> b o i", b=self.blocks)
 
-    def _kernel(self, taps: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        return rearrange(taps, "k g o i -> (g o) i k").reshape(shape)
+    def size(self, weight: Float[Tensor, "rows in_"]) -> Scalar:
+        return self.inner.size(self._stack(weight))
 
-    def size(self, weight: Float[Tensor, "out in_ *kernel"]) -> Scalar:
-        return self.gain * self.inner.size(self._taps(weight))
+    def bound(self, weight: Float[Tensor, "rows in_"]) -> Scalar:
+        return self.inner.bound(self._stack(weight))
 
-    def bound(self, weight: Float[Tensor, "out in_ *kernel"]) -> Scalar:
-        return self.gain * self.inner.bound(self._taps(weight))
+    def direction(self, gradient: Float[Tensor, "rows in_"]) -> Direction:
+        stack = self.inner.direction(self._stack(gradient)).dense()
+        return Direction(rearrange(stack, "b o i -> (b o) i"), stack.new_ones((), dtype=working_dtype(stack.dtype)))
 
-    def direction(self, gradient: Float[Tensor, "out in_ *kernel"]) -> Direction:
-        taps = self.inner.direction(self._taps(gradient)).dense()
-        kernel = self._kernel(taps, gradient.shape)
-        return Direction(kernel, kernel.new_full((), 1 / self.gain, dtype=working_dtype(kernel.dtype)))
-
-    def dual(self, gradient: Float[Tensor, "out in_ *kernel"]) -> Scalar:
-        return self.inner.dual(self._taps(gradient)) / self.gain
+    def dual(self, gradient: Float[Tensor, "rows in_"]) -> Scalar:
+        return self.inner.dual(self._stack(gradient))
 
     def draw(
         self, shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
-    ) -> Float[Tensor, "out in_ *kernel"]:
-        fan_out, fan_in, *kernel = shape
-        stack = (math.prod(kernel), self.groups, fan_out // self.groups, fan_in)
-        taps = self.inner.draw(stack, generator, generator.device, drawing_dtype(generator))
-        return self._kernel(taps / self.gain, shape).to(device, dtype).contiguous()
+    ) -> Float[Tensor, "rows in_"]:
+        rows, cols = shape
+        stack = (self.blocks, rows // self.blocks, cols)
+        blocks = self.inner.draw(stack, generator, generator.device, drawing_dtype(generator))
+        return rearrange(blocks, "b o i -> (b o) i").to(device, dtype).contiguous()
 
     def __str__(self) -> str:
-        return f"PerTap({self.inner}, {self.gain:.4g})"
+        return f"RowBlocks({self.inner}, {self.blocks})"
 
     @property
     def euclidean(self) -> Norm:
-        return PerTap(self.inner.euclidean, self.gain, self.groups)
+        return RowBlocks(self.inner.euclidean, self.blocks)

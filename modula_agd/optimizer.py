@@ -141,6 +141,16 @@ class AGD(torch.optim.Optimizer):
                 f"load_state_dict was given the state of a network with parameters {state_dict['parameters']}, but this one has "
                 f"{self._shapes()}. Load the state that AGD saved for the same network."
             )
-        saved, here = state_dict["agd"], self.current._asdict()
+        saved, here = dict(state_dict["agd"]), self.current._asdict()
+        momentum = saved.pop("momentum")
+        if bool(momentum) and self.method.momentum is None:
+            raise InvalidArgument(
+                "load_state_dict was given the state of a method with momentum, but this one has none. Build AGD with the "
+                "momentum that it was saved with."
+            )
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        self.current = State(**{key: value.to(here[key]) for key, value in saved.items()})
+        device = here["eta"].device
+        self.current = State(
+            **{key: value.to(here[key]) for key, value in saved.items()},
+            momentum={name: value.to(device) for name, value in momentum.items()},
+        )

@@ -8,6 +8,7 @@ space             tensor                        norm per sample
 ``Features(d)``   [batch, d]                    RMS over d
 ``Sequence(d)``   [batch, time, d]              sup over time of RMS over d
 ``Image(c)``      [batch, c, h, w]              sup over (h, w) of RMS over c
+``Volume(c)``     [batch, c, d, h, w]           sup over (d, h, w) of RMS over c
 ``Logits(n)``     [batch, (time,) n]            max over n (and sup over time)
 ``Heads(h, d)``   [batch, h, time, d]           sup over heads and time of RMS over d
 ``Tokens(n)``     integer ids, [batch, (time)]  1 (a one-hot vector); never perturbed
@@ -17,11 +18,13 @@ space             tensor                        norm per sample
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from jaxtyping import Num
 from torch import Tensor
 
@@ -34,6 +37,27 @@ def positive(what: str, value: int) -> None:
         raise InvalidArgument(f"{what} must be an integer of at least 1, but is {value!r}")
 
 
+def flag(what: str, value: bool) -> None:
+    """Raise unless ``value`` is True or False, as any other word would silently count as True."""
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"{what} must be True or False, but is {value!r}")
+
+
+def finite(value: object) -> bool:
+    """Whether ``value`` is a finite real number, and not a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def per_dimension(what: str, value: Any, dims: int, least: int = 1) -> tuple[int, ...]:
+    """One integer of at least ``least`` per dimension of positions, where one number stands for all; or raise."""
+    values = value if isinstance(value, tuple) else (value,) * dims
+    fit = all(isinstance(x, Integral) and not isinstance(x, bool) and int(x) >= least for x in values)
+    if not fit or len(values) != dims:
+        several = f", or a tuple of {dims} such" if dims > 1 else ""
+        raise InvalidArgument(f"{what} must be an integer of at least {least}{several}, but is {value!r}")
+    return tuple(int(x) for x in values)
+
+
 class Space(ABC):
     """What an activation may be. Two spaces fit when they are equal."""
 
@@ -41,6 +65,10 @@ class Space(ABC):
     kind: ClassVar[type] = Tensor
     max_norm: ClassVar[bool] = False
     """Whether features are measured by their maximum rather than their root mean square."""
+    axis: ClassVar[int] = -1
+    """The dimension that counts features, from the end."""
+    sample: ClassVar[int | None] = None
+    """Dimensions of one sample, without the batch; None where samples may have several."""
 
     @property
     @abstractmethod
@@ -95,6 +123,7 @@ class Features(_Wide):
     """A vector of features; norm: RMS over features."""
 
     shape: ClassVar[str] = "[batch, features]"
+    sample: ClassVar[int | None] = 1
 
     def fits(self, x: Tensor) -> bool:
         return x.is_floating_point() and x.ndim in (1, 2) and x.shape[-1] == self.size
@@ -111,6 +140,7 @@ class Sequence(_Wide):
     """Features at each time; norm: supremum over time of RMS over features."""
 
     shape: ClassVar[str] = "[batch, time, features]"
+    sample: ClassVar[int | None] = 2
 
     def fits(self, x: Tensor) -> bool:
         return x.is_floating_point() and x.ndim in (2, 3) and x.shape[-1] == self.size
@@ -123,19 +153,36 @@ class Sequence(_Wide):
 
 
 @dataclass(frozen=True, repr=False)
-class Image(_Wide):
+class _ChannelsFirst(_Wide, ABC):
+    """Shared by the spaces with channels before the dimensions of positions, which ``axis`` counts."""
+
+    def fits(self, x: Tensor) -> bool:
+        dims = -self.axis
+        return x.is_floating_point() and x.ndim in (dims, dims + 1) and x.shape[self.axis] == self.size
+
+    def norm(self, x: Num[Tensor, "batch c *positions"]) -> Num[Tensor, " batch"]:
+        return _rms(x, self.axis).amax(tuple(range(self.axis + 1, 0)))
+
+    def dual(self, gradient: Num[Tensor, "batch c *positions"]) -> Num[Tensor, " batch"]:
+        return _rms(gradient, self.axis).sum(tuple(range(self.axis + 1, 0))) * self.size
+
+
+@dataclass(frozen=True, repr=False)
+class Image(_ChannelsFirst):
     """Channels at each pixel; norm: supremum over pixels of RMS over channels."""
 
     shape: ClassVar[str] = "[batch, channels, height, width]"
+    sample: ClassVar[int | None] = 3
+    axis: ClassVar[int] = -3
 
-    def fits(self, x: Tensor) -> bool:
-        return x.is_floating_point() and x.ndim in (3, 4) and x.shape[-3] == self.size
 
-    def norm(self, x: Num[Tensor, "batch c h w"]) -> Num[Tensor, " batch"]:
-        return _rms(x, -3).amax((-2, -1))
+@dataclass(frozen=True, repr=False)
+class Volume(_ChannelsFirst):
+    """Channels at each voxel; norm: supremum over voxels of RMS over channels."""
 
-    def dual(self, gradient: Num[Tensor, "batch c h w"]) -> Num[Tensor, " batch"]:
-        return _rms(gradient, -3).sum((-2, -1)) * gradient.shape[-3]
+    shape: ClassVar[str] = "[batch, channels, depth, height, width]"
+    sample: ClassVar[int | None] = 4
+    axis: ClassVar[int] = -4
 
 
 @dataclass(frozen=True, repr=False)
@@ -183,6 +230,7 @@ class Heads(Space):
     heads: int
     size: int
     shape: ClassVar[str] = "[batch, heads, time, features of a head]"
+    sample: ClassVar[int | None] = 3
 
     def __post_init__(self) -> None:
         positive("the number of heads", self.heads)
@@ -252,3 +300,14 @@ class Tuple(Space):
 
     def __repr__(self) -> str:
         return f"({', '.join(map(str, self.parts))})"
+
+
+POSITIONED: dict[int, type[Space]] = {1: Sequence, 2: Image, 3: Volume}
+"""The space of channels over so many dimensions of positions, for convolutions and pooling."""
+
+
+def channels_first(function: Callable[[Tensor], Tensor], x: Tensor, dims: int) -> Tensor:
+    """Apply a function that wants channels before positions; a sequence, alone, has them after."""
+    if dims > 1:
+        return function(x)
+    return rearrange(function(rearrange(x, "... t c -> ... c t")), "... c t -> ... t c")

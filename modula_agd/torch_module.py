@@ -6,6 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from modula_agd.error import InvalidArgument
+
 
 @runtime_checkable
 class Network(Protocol):
@@ -51,6 +53,11 @@ class TorchModule(nn.Module):
         owner: nn.Module = self
         for part in path:
             if part not in owner._modules:
+                if hasattr(owner, part):
+                    raise InvalidArgument(
+                        f"the parameter {name!r} cannot be one of a torch.nn.Module, which has an attribute {part!r} already. Give "
+                        "Shared another name."
+                    )
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
         return owner, leaf
@@ -60,7 +67,8 @@ class TorchModule(nn.Module):
         params, buffers = dict(self.named_parameters()), dict(self.named_buffers())
         if not self.training:
             return self.network(params, x, buffers)
-        generator = self.generator or _default_generator(next(iter(params.values())).device)
+        device = next((value.device for value in params.values()), torch.device("cpu"))
+        generator = self.generator or _default_generator(device)
         outputs, renewed = self.network.run(params, x, buffers, generator)
         with torch.no_grad():
             for name, value in renewed.items():

@@ -17,7 +17,7 @@ from torch import Tensor
 from modula_agd.bound import Gain
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.layer import Bond
-from modula_agd.module import Composite, Module, tuple_of
+from modula_agd.module import Composite, Module, parts_of, tuple_of
 from modula_agd.run import EVALUATION, Parameters, Run, Step, Weighted
 from modula_agd.space import Space, Tuple
 
@@ -50,11 +50,11 @@ class Parallel(Composite):
         return tuple_of([part.preimage(space) for part, space in zip(self.parts, spaces, strict=True)])
 
     def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Any:
-        values = iter(x)
+        values = iter(parts_of(self, x, len(self.parts)))
         return tuple(self._each(lambda part, name: part.apply(params, next(values), name, run), path))
 
     def propagate(self, x: Any, step: Step, path: str = "") -> Any:
-        bounds = iter(x)
+        bounds = iter(parts_of(self, x, len(self.parts)))
         return tuple(self._each(lambda part, name: part.propagate(next(bounds), step, name), path))
 
     def __repr__(self) -> str:
@@ -147,6 +147,10 @@ class Take(Bond):
     gain: ClassVar[Gain] = Gain.exact(1.0, "nothing happens to the part", "any")
     at_zero: ClassVar[float] = 0.0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.index, bool) or not isinstance(self.index, int) or self.index < 0:
+            raise InvalidArgument(f"Take was given the index {self.index!r}, which must be an integer of at least 0")
+
     def codomain_of(self, domain: Space) -> Space:
         parts = domain.parts if isinstance(domain, Tuple) else ()
         if not 0 <= self.index < len(parts):
@@ -157,9 +161,16 @@ class Take(Bond):
         return None
 
     def rule(self, x: Any, gain: float) -> Any:
-        return x[self.index]
+        return self._taken(x)
 
     def forward(self, x: Any) -> Any:
+        return self._taken(x)
+
+    def _taken(self, x: Any) -> Any:
+        # a tensor would give one of its samples
+        if not isinstance(x, tuple) or self.index >= len(x):
+            given = f"a tuple of {len(x)}" if isinstance(x, tuple) else f"one {type(x).__name__}"
+            raise SpaceMismatch(f"{self!r} takes a part of a tuple, but was given {given}")
         return x[self.index]
 
     def __repr__(self) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from modula_agd import (
     METHODS,
@@ -381,12 +382,14 @@ def test_an_update_changes_none_of_its_arguments(options: dict[str, Any]) -> Non
     method = agd(NET, CrossEntropy(), **options)
     params, *batch = problem()
     grads, state = gradients(method, params, *batch), method.init(params)
-    before = [value.clone() for value in (*params.values(), *grads.values(), *state)]
+    before = [value.clone() for value in (*params.values(), *grads.values(), *tree_leaves(state))]
     first, after = method.update(grads, state, params)
-    assert all(torch.equal(x, y) for x, y in zip(before, (*params.values(), *grads.values(), *state), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(before, (*params.values(), *grads.values(), *tree_leaves(state)), strict=True)
+    )
     second, again = method.update(grads, state, params)
     assert all(torch.equal(first[name], second[name]) for name in params)
-    assert all(torch.equal(x, y) for x, y in zip(after, again, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(tree_leaves(after), tree_leaves(again), strict=True))
     storages = {weight.data_ptr() for weight in (*params.values(), *grads.values())}
     assert not storages & {update.data_ptr() for update in first.values()}
 
@@ -397,9 +400,9 @@ def test_the_state_holds_tensors_only_and_none_of_a_weights_size(options: dict[s
     method = agd(net, CrossEntropy(), **options)
     params, *batch = problem(net)
     for state in (method.init(params), step(method, params, *batch)[1]):
-        assert all(isinstance(value, Tensor) for value in state)
-        assert all(value.numel() <= len(params) for value in state)
-        assert not any(value.requires_grad for value in state)
+        assert all(isinstance(value, Tensor) for value in tree_leaves(state))
+        assert all(value.numel() <= len(params) for value in tree_leaves(state))
+        assert not any(value.requires_grad for value in tree_leaves(state))
 
 
 def test_an_update_detaches_gradients_and_weights() -> None:
@@ -409,7 +412,7 @@ def test_an_update_detaches_gradients_and_weights() -> None:
     grads = torch.autograd.grad(method.objective(leaves, *batch), list(leaves.values()), create_graph=True)
     updates, state = method.update(dict(zip(leaves, grads, strict=True)), method.init(leaves), leaves)
     assert not any(update.requires_grad for update in updates.values())
-    assert not any(value.requires_grad for value in state)
+    assert not any(value.requires_grad for value in tree_leaves(state))
 
 
 def test_the_objective_is_the_loss_of_the_networks_outputs() -> None:
@@ -560,7 +563,7 @@ def test_network_and_update_are_one_graph_for_the_compiler(options: dict[str, An
     expected, expected_state = method.update(grads, state, params)
     updates, after = update(grads, state, params)
     assert all(torch.equal(updates[name], expected[name]) for name in params)
-    assert all(torch.equal(x, y) for x, y in zip(after, expected_state, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(tree_leaves(after), tree_leaves(expected_state), strict=True))
 
 
 def test_a_compiled_update_never_lets_a_nonfinite_gradient_reach_a_weight(compiler: Callable) -> None:

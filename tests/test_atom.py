@@ -10,15 +10,12 @@ from modula_agd import (
     RMS,
     Atom,
     Bias,
-    Conv2d,
     Embedding,
     Features,
-    Grade,
     Image,
     InvalidArgument,
     Linear,
     Logits,
-    PerTap,
     RowNorm,
     Scale,
     Sequence,
@@ -27,6 +24,7 @@ from modula_agd import (
     SpaceMismatch,
     Spectral,
     Tokens,
+    Volume,
 )
 from support import gaussian, tolerance
 
@@ -36,14 +34,9 @@ ATOMS: dict[str, tuple[Atom, tuple[int, ...]]] = {
     "Linear on a sequence": (Linear(3, Sequence(5)), (2, 4, 5)),
     "Linear into logits": (Linear(Logits(3), 5), (7, 5)),
     "Linear into logits over time": (Linear(Logits(3), Sequence(5)), (2, 4, 5)),
-    "Conv2d": (Conv2d(6, 4), (2, 4, 5, 5)),
-    "Conv2d padded": (Conv2d(3, 2, 3, padding=2), (2, 2, 4, 4)),
-    "Conv2d strided and dilated": (Conv2d(3, 2, (2, 3), stride=2, dilation=2), (2, 2, 7, 8)),
-    "Conv2d grouped": (Conv2d(6, 4, 2, groups=2), (2, 4, 4, 4)),
-    "Conv2d depthwise": (Conv2d(4, 4, 3, groups=4), (2, 4, 5, 5)),
-    "Conv2d 1×1": (Conv2d(3, 2, 1), (2, 2, 3, 3)),
     "Scale": (Scale(5), (7, 5)),
     "Scale on an image": (Scale(Image(5)), (2, 5, 3, 3)),
+    "Scale on a volume": (Scale(Volume(5)), (2, 5, 2, 3, 3)),
     "Scale on a sequence": (Scale(Sequence(5)), (2, 3, 5)),
     "Scale on logits": (Scale(Logits(5)), (7, 5)),
 }
@@ -54,19 +47,8 @@ def reference(atom: Atom, weight: Tensor, x: Tensor) -> Tensor:
     match atom:
         case Linear():
             module = nn.Linear(*reversed(weight.shape), bias=False)
-        case Conv2d():
-            module = nn.Conv2d(
-                atom.fan_in,
-                atom.fan_out,
-                atom.kernel,
-                atom.stride,
-                atom.padding,
-                atom.dilation,
-                atom.groups,
-                bias=False,
-            )
         case _:
-            channels = 1 if isinstance(atom.domain, Image) else x.ndim - 1
+            channels = 1 if isinstance(atom.domain, Image | Volume) else x.ndim - 1
             return torch.stack([w * part for w, part in zip(weight, x.unbind(channels), strict=True)], channels)
     module.weight.data = weight
     return module(x).detach()
@@ -94,11 +76,17 @@ def test_outputs_stay_within_the_proved_gain_times_the_norm(atom: Atom, shape: t
 
 @pytest.mark.parametrize(
     ("space", "shape"),
-    [(Features(3), (4, 3)), (Sequence(3), (4, 2, 3)), (Logits(3), (4, 3)), (Image(3), (4, 3, 2, 2))],
+    [
+        (Features(3), (4, 3)),
+        (Sequence(3), (4, 2, 3)),
+        (Logits(3), (4, 3)),
+        (Image(3), (4, 3, 2, 2)),
+        (Volume(3), (4, 3, 2, 2, 2)),
+    ],
 )
 def test_a_bias_adds_one_number_per_feature_at_every_position(space: Space, shape: tuple[int, ...]) -> None:
     bias, x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), gaussian(*shape)
-    channels = 1 if isinstance(space, Image) else -1
+    channels = 1 if isinstance(space, Image | Volume) else -1
     difference = (Bias(space)({"bias": bias}, x) - x).movedim(channels, -1)
     assert torch.allclose(difference, bias.expand_as(difference))
 
@@ -121,8 +109,6 @@ def test_a_token_outside_the_vocabulary_is_an_error(id_: int) -> None:
         (Linear(3, 5), Features(5), Features(3), (3, 5), Spectral()),
         (Linear(3, Sequence(5)), Sequence(5), Sequence(3), (3, 5), Spectral()),
         (Linear(Logits(3), 5), Features(5), Logits(3), (3, 5), RowNorm(math.sqrt(5))),
-        (Conv2d(6, 4, (2, 3)), Image(4), Image(6), (6, 4, 2, 3), PerTap(Spectral(), math.sqrt(6))),
-        (Conv2d(6, 4, groups=2), Image(4), Image(6), (6, 2, 3, 3), PerTap(Spectral(), 3.0, 2)),
         (Embedding(4, 7), Tokens(7), Sequence(4), (7, 4), RowNorm(0.5)),
         (Bias(3), Features(3), Features(3), (3,), RMS()),
         (Bias(Image(3)), Image(3), Image(3), (3,), RMS()),
@@ -142,8 +128,8 @@ def test_spaces_shape_and_norm_follow_from_the_declaration(
         (lambda: Linear(3, Image(4)), r"takes Features or Sequence, not Image\(4\)"),
         (lambda: Linear(3, Logits(4)), r"takes Features or Sequence, not Logits\(4\)"),
         (lambda: Linear(Sequence(3), 4), r"from Features\(4\) gives Features or Logits, not Sequence\(3\)"),
-        (lambda: Linear(Features(3), Sequence(4)), r"gives Sequence or Logits, not Features\(3\)"),
-        (lambda: Bias(Tokens(4)), r"acts on Features, Sequence, Image or Logits, not on Tokens\(4\)"),
+        (lambda: Linear(Features(3), Sequence(4)), r"gives a Sequence, Heads or Logits, not Features\(3\)"),
+        (lambda: Bias(Tokens(4)), r"acts on Features, Sequence, Image, Volume, Heads or Logits, not on Tokens\(4\)"),
         (lambda: Scale(Tokens(4)), r"not on Tokens\(4\)"),
     ],
 )
@@ -157,15 +143,6 @@ def test_an_atom_between_spaces_that_it_cannot_join_is_an_error(build: object, m
     [
         lambda: Linear(0, 3),
         lambda: Linear(3, 0),
-        lambda: Conv2d(0, 3),
-        lambda: Conv2d(3, 3, 0),
-        lambda: Conv2d(3, 3, (2, -1)),
-        lambda: Conv2d(3, 3, stride=0),
-        lambda: Conv2d(3, 3, dilation=0),
-        lambda: Conv2d(3, 3, padding=-1),
-        lambda: Conv2d(3, 3, padding=0.5),  # pyright: ignore[reportArgumentType]
-        lambda: Conv2d(4, 3, groups=2),
-        lambda: Conv2d(3, 4, groups=2),
         lambda: Embedding(0, 3),
         lambda: Embedding(3, 0),
         lambda: Bias(0),
@@ -174,56 +151,6 @@ def test_an_atom_between_spaces_that_it_cannot_join_is_an_error(build: object, m
 def test_a_number_out_of_range_is_an_error(build: object) -> None:
     with pytest.raises(InvalidArgument):
         build()  # pyright: ignore[reportCallIssue]
-
-
-@pytest.mark.parametrize(
-    ("kernel", "options"),
-    [
-        (3, {}),
-        ((2, 3), {}),
-        (1, {}),
-        (3, {"padding": 1}),
-        (2, {"stride": 2}),
-        (2, {"dilation": 2}),
-        (3, {"groups": 2}),
-    ],
-)
-@pytest.mark.parametrize(("fan_out", "fan_in"), [(4, 4), (6, 4), (4, 6)])
-def test_equal_orthogonal_taps_on_constant_images_attain_the_proved_gain_of_a_convolution(
-    fan_out: int, fan_in: int, kernel: int | tuple[int, int], options: dict[str, int]
-) -> None:
-    conv = Conv2d(fan_out, fan_in, kernel, **options)
-    taps = math.prod(conv.sides)
-    one = Conv2d(fan_out, fan_in, 1, groups=conv.groups).init(0, dtype=torch.float64)["weight"]
-    weight = one.expand(conv.shape)
-    assert conv.norm.size(weight).item() == pytest.approx(math.sqrt(taps))
-    # the leading input of the first group's matrix, at every pixel
-    leading = torch.zeros(fan_in, dtype=torch.float64)
-    rows = fan_out // conv.groups
-    leading[: conv.shape[1]] = torch.linalg.svd(one[:rows, :, 0, 0])[2][0]
-    if conv.groups > 1:
-        leading = leading.reshape(conv.groups, -1)[:1].expand(conv.groups, -1).flatten()
-        one = one[:rows].repeat(conv.groups, 1, 1, 1)
-        weight = one.expand(conv.shape)
-    x = leading[None, :, None, None].expand(1, fan_in, 6, 6)
-    ratio = (conv.codomain.norm(conv.forward(weight, x)) / conv.domain.norm(x)).item()
-    assert ratio == pytest.approx(taps)
-    assert conv.gain.proved.value * conv.norm.size(weight).item() == pytest.approx(taps)
-    assert conv.gain.typical.value == 1
-
-
-def test_the_gain_of_a_convolution_is_proved_alone_for_one_tap() -> None:
-    assert Conv2d(3, 3, 1).gain.typical.grade == Grade.PROVED
-    assert Conv2d(3, 3, 2).gain.typical.grade == Grade.TYPICAL
-    assert Conv2d(3, 3, 2).gain.proved.grade == Grade.PROVED
-
-
-def test_initial_convolutions_have_the_typical_gain_on_random_images() -> None:
-    # incoherent taps: c(k) = k, so a kernel of norm 1 keeps the mean square
-    conv = Conv2d(64, 64, 3)
-    x = gaussian(1, 64, 16, 16)
-    out = conv(conv.init(0, dtype=torch.float64), x)
-    assert out.square().mean().sqrt().item() == pytest.approx(1.0, rel=0.05)
 
 
 def test_a_bias_starts_at_zero_and_keeps_its_declared_size_as_floor() -> None:

@@ -11,9 +11,9 @@ from torch.nn import functional
 from modula_agd import (
     GELU,
     Abs,
-    AvgPool2d,
     Bond,
     Conv2d,
+    Conv3d,
     Elementwise,
     Fact,
     Features,
@@ -26,7 +26,6 @@ from modula_agd import (
     LeakyReLU,
     Linear,
     Logits,
-    MaxPool2d,
     Mean,
     Multiply,
     ReLU,
@@ -37,6 +36,7 @@ from modula_agd import (
     SpaceMismatch,
     Tanh,
     UnitBall,
+    Volume,
 )
 from modula_agd.bond import FACTS
 from modula_agd.space import Tuple
@@ -200,10 +200,6 @@ def test_typical_bounds_are_never_looser_than_proved_ones() -> None:
         (Sigmoid(), nn.Sigmoid()),
         (Abs(), torch.abs),
         (Identity(), nn.Identity()),
-        (AvgPool2d(2), nn.AvgPool2d(2)),
-        (AvgPool2d(3, stride=1, padding=1), nn.AvgPool2d(3, 1, 1)),
-        (MaxPool2d(2), nn.MaxPool2d(2)),
-        (MaxPool2d(3, stride=2, padding=1), nn.MaxPool2d(3, 2, 1)),
         (Flatten(6, 6), nn.Flatten()),
         (Mean(), lambda x: x.mean((2, 3))),
     ],
@@ -217,9 +213,11 @@ def test_forward_is_that_of_torch(bond: Bond, reference: Callable[[Tensor], Tens
     assert settled.codomain.fits(out)
 
 
-def test_mean_averages_a_sequence_over_time() -> None:
+def test_mean_averages_a_sequence_over_time_and_a_volume_over_space() -> None:
     x = gaussian(2, 5, 3)
     assert torch.allclose(Mean().bind(Sequence(3))({}, x), x.mean(1))
+    x = gaussian(2, 5, 3, 2, 4)
+    assert torch.allclose(Mean().bind(Volume(5))({}, x), x.flatten(2).mean(2))
 
 
 def test_flatten_refuses_images_of_another_size() -> None:
@@ -243,8 +241,7 @@ def test_flatten_takes_positive_numbers_of_pixels(pixels: tuple[int, int]) -> No
         (Flatten(3, 2), Image(4), (5, 4, 3, 2)),
         (Mean(), Image(4), (5, 4, 3, 2)),
         (Mean(), Sequence(4), (5, 3, 4)),
-        (AvgPool2d(2), Image(4), (5, 4, 4, 4)),
-        (AvgPool2d(3, stride=1, padding=1), Image(4), (5, 4, 4, 4)),
+        (Mean(), Volume(4), (5, 4, 3, 2, 2)),
     ],
 )
 def test_a_linear_bond_never_enlarges_the_norm_and_keeps_that_of_a_constant(
@@ -263,52 +260,24 @@ def test_a_linear_bond_never_enlarges_the_norm_and_keeps_that_of_a_constant(
     assert (bound.magnitude, bound.growth, bound.error) == (pytest.approx(1.0), pytest.approx(1.1), 0)
 
 
-def _into(space: Space) -> Linear | Conv2d:
+def _into(space: Space) -> Linear | Conv2d | Conv3d:
     """An atom whose codomain is ``space`` and whose proved gain is 1."""
     if isinstance(space, Image):
         return Conv2d(space.width, 2, 1)
+    if isinstance(space, Volume):
+        return Conv3d(space.width, 2, 1)
     return Linear(space.width, type(space)(2))  # pyright: ignore[reportCallIssue]
-
-
-# -- max pooling -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("kernel", "channels"), [(2, 2), (2, 4), (2, 9), (3, 4), (3, 9), (3, 12), (1, 3)])
-def test_max_pooling_attains_the_square_root_of_window_or_channels(kernel: int, channels: int) -> None:
-    pool, space = MaxPool2d(kernel).bind(Image(channels)), Image(channels)
-    count = min(kernel**2, channels)
-    # each pixel of the window is nonzero in channels of its own
-    x = torch.zeros(1, channels, kernel, kernel, dtype=torch.float64)
-    share = channels // count
-    for index in range(count):
-        x[0, index * share : (index + 1) * share, index // kernel, index % kernel] = 1
-    ratio = (space.norm(pool({}, x)) / space.norm(x)).item()
-    assert ratio == pytest.approx(math.sqrt(count))
-    assert pool.gain.proved.value == pytest.approx(math.sqrt(count))  # pyright: ignore[reportAttributeAccessIssue]
-
-
-@pytest.mark.parametrize(("kernel", "channels"), [(2, 2), (2, 8), (3, 4)])
-def test_max_pooling_never_moves_further_than_its_constant(kernel: int, channels: int) -> None:
-    pool, space = MaxPool2d(kernel, stride=1).bind(Image(channels)), Image(channels)
-    for seed in range(20):
-        x = gaussian(20, channels, 5, 5, seed=seed)
-        change = gaussian(20, channels, 5, 5, seed=seed + 50) * (gaussian(20, channels, 5, 5, seed=seed + 70) > 1)
-        ratio = space.norm(pool({}, x + change) - pool({}, x)) / space.norm(change)
-        assert ratio.max().item() <= pool.gain.proved.value  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def test_max_pooling_before_its_domain_is_known_takes_the_worst_case() -> None:
-    assert MaxPool2d(3).gain.proved.value == 3
 
 
 # -- the unit ball ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("space", "shape"), [(Features(4), (9, 4)), (Sequence(4), (9, 3, 4)), (Image(4), (9, 4, 2, 2))]
+    ("space", "shape"),
+    [(Features(4), (9, 4)), (Sequence(4), (9, 3, 4)), (Image(4), (9, 4, 2, 2)), (Volume(4), (9, 4, 2, 1, 2))],
 )
 def test_the_unit_ball_projects_each_position(space: Space, shape: tuple[int, ...]) -> None:
-    ball, channels = UnitBall().bind(space), 1 if isinstance(space, Image) else -1
+    ball, channels = UnitBall().bind(space), 1 if isinstance(space, Image | Volume) else -1
     x = 3 * gaussian(*shape)
     vectors, projected = x.movedim(channels, -1).flatten(0, -2), ball({}, x).movedim(channels, -1).flatten(0, -2)
     for before, after in zip(vectors, projected, strict=True):
@@ -379,12 +348,3 @@ def test_silu_is_the_gate_of_itself() -> None:
     x = gaussian(5, 4)
     gated = (Multiply() @ (Sigmoid(), Identity()))({}, x)
     assert torch.allclose(gated, functional.silu(x))
-
-
-@pytest.mark.parametrize("pool", [AvgPool2d, MaxPool2d])
-@pytest.mark.parametrize(
-    "numbers", [{"kernel": 0}, {"kernel": 2, "stride": 0}, {"kernel": 2, "padding": -1}, {"kernel": 2, "padding": 2}]
-)
-def test_pooling_checks_its_numbers(pool, numbers) -> None:
-    with pytest.raises(InvalidArgument):
-        pool(**numbers)

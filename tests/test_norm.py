@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modula_agd import RMS, Frobenius, Norm, PerTap, RowNorm, Sign, Spectral
+from modula_agd import RMS, Frobenius, Norm, PerTap, RowNorm, Sign, Spectral, Unfolded
 from modula_agd.norm import Direction
 from support import DTYPES, gaussian, seeded, tolerance, with_singular_values
 
@@ -33,6 +33,16 @@ CASES: dict[str, tuple[Norm, tuple[int, ...]]] = {
     "PerTap depthwise": (PerTap(Spectral(), gain=2.0, groups=4), (4, 1, 2, 2)),
     "PerTap Frobenius": (PerTap(Frobenius(), gain=9.0), (6, 4, 3, 3)),
     "PerTap Frobenius grouped": (PerTap(Frobenius(), gain=3.0, groups=2), (6, 2, 1, 3)),
+    "PerTap transposed": (PerTap(Spectral(), gain=2.0, groups=2, transposed=True), (4, 3, 2)),
+    "Unfolded": (Unfolded(Spectral()), (6, 4, 3, 3)),
+    "Unfolded grouped": (Unfolded(Spectral(), groups=2), (6, 2, 2)),
+    "Unfolded depthwise": (Unfolded(Spectral(), groups=4), (4, 1, 2, 2, 1)),
+    "Unfolded Frobenius": (Unfolded(Frobenius(), groups=2), (6, 2, 1, 3)),
+    "Unfolded transposed": (
+        Unfolded(Spectral(), groups=2, transposed=True, patches=((0, 2, 6, 8), (1, 7), (3, 5), (4,))),
+        (4, 3, 3, 3),
+    ),
+    "Unfolded transposed Frobenius": (Unfolded(Frobenius(), transposed=True, patches=((0, 2), (1,))), (4, 3, 3)),
 }
 EXACT = {name: case for name, case in CASES.items() if "Spectral()" not in repr(case[0])}
 POLAR = {name: case for name, case in CASES.items() if name not in EXACT}
@@ -283,37 +293,6 @@ def test_half_precision_is_measured_in_float32(norm: Norm, shape: tuple[int, ...
     weight = gaussian(*shape, dtype=torch.bfloat16)
     assert norm.size(weight).item() == norm.size(weight.float()).item()
     assert norm.bound(weight).item() == norm.bound(weight.float()).item()
-
-
-# -- PerTap against loops --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("inner", [Spectral(), Frobenius()])
-def test_per_tap_is_a_loop_over_taps_and_groups(inner: Norm, groups: int) -> None:
-    norm = PerTap(inner, gain=2.5, groups=groups)
-    weight = gaussian(6, 4 // groups, 2, 3)
-    sizes, dual, direction = [], 0.0, torch.zeros_like(weight)
-    rows = 6 // groups
-    for group in range(groups):
-        for i in range(2):
-            for j in range(3):
-                out = slice(group * rows, (group + 1) * rows)
-                tap = weight[out, :, i, j]
-                sizes.append(2.5 * inner.size(tap).item())
-                dual += inner.dual(tap).item() / 2.5
-                direction[out, :, i, j] = inner.direction(tap).dense() / 2.5
-    slack = tolerance(torch.float64, weight.numel())
-    assert norm.size(weight).item() == pytest.approx(max(sizes), rel=slack)
-    assert norm.dual(weight).item() == pytest.approx(dual, rel=slack)
-    assert torch.allclose(norm.direction(weight).dense(), direction, rtol=0, atol=slack)
-
-
-def test_every_tap_of_a_per_tap_draw_has_norm_1_over_the_gain() -> None:
-    weight = PerTap(Spectral(), gain=3.0, groups=2).draw((6, 2, 3, 3), seeded(), CPU, torch.float64)
-    taps = weight.reshape(2, 3, 2, 9).permute(3, 0, 1, 2)
-    sizes = torch.linalg.matrix_norm(taps, ord=2) * math.sqrt(2 / 3)
-    assert torch.allclose(sizes, torch.full_like(sizes, 1 / 3))
 
 
 # -- operator norms --------------------------------------------------------------------------------------------------------

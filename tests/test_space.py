@@ -6,8 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from modula_agd import Features, Image, InvalidArgument, Logits, ModulaError, Sequence, Space, SpaceMismatch, Tokens
-from modula_agd.space import Tuple
+from modula_agd import (
+    Features,
+    Image,
+    InvalidArgument,
+    Logits,
+    ModulaError,
+    Sequence,
+    Space,
+    SpaceMismatch,
+    Tokens,
+    Volume,
+)
+from modula_agd.space import Tuple, per_dimension
 from support import gaussian, tolerance
 
 CASES: dict[str, tuple[Space, tuple[int, ...]]] = {
@@ -15,6 +26,7 @@ CASES: dict[str, tuple[Space, tuple[int, ...]]] = {
     "Features of one": (Features(1), (3, 1)),
     "Sequence": (Sequence(4), (3, 6, 4)),
     "Image": (Image(4), (3, 4, 2, 5)),
+    "Volume": (Volume(4), (3, 4, 2, 5, 3)),
     "Logits": (Logits(5), (3, 5)),
     "Logits over time": (Logits(4), (3, 6, 4)),
 }
@@ -33,6 +45,8 @@ def norm_by_loop(space: Space, sample: Tensor) -> float:
             return max(rms(sample[time]) for time in range(sample.shape[0]))
         case Image():
             return max(rms(sample[:, i, j]) for i in range(sample.shape[1]) for j in range(sample.shape[2]))
+        case Volume():
+            return max(rms(voxel) for voxel in sample.flatten(1).unbind(1))
         case _:
             return max(abs(value.item()) for value in sample.flatten())
 
@@ -41,7 +55,7 @@ def maximiser(space: Space, gradient: Tensor) -> Tensor:
     """x of norm 1 at every position with ⟨gradient, x⟩ largest: gradient/RMS, or signs in the max norm."""
     if space.max_norm:
         return gradient.sign()
-    dim = 1 if isinstance(space, Image) else -1
+    dim = 1 if isinstance(space, Image | Volume) else -1
     return gradient / gradient.square().mean(dim, keepdim=True).sqrt()
 
 
@@ -100,7 +114,7 @@ def test_a_batch_and_a_single_sample_of_the_right_shape_fit(space: Space, shape:
 @each
 def test_a_wrong_width_is_an_error_that_names_taker_space_and_shape(space: Space, shape: tuple[int, ...]) -> None:
     x = gaussian(*shape)
-    wider = torch.cat([x, x], dim=1 if isinstance(space, Image) else -1)
+    wider = torch.cat([x, x], dim=1 if isinstance(space, Image | Volume) else -1)
     with pytest.raises(SpaceMismatch) as caught:
         space.check(wider, "the taker")
     for part in ("the taker", str(space), space.shape, str(tuple(wider.shape)), "Reshape"):
@@ -113,6 +127,9 @@ def test_a_wrong_width_is_an_error_that_names_taker_space_and_shape(space: Space
         (Features(4), torch.zeros(2, 3, 4)),
         (Sequence(4), torch.zeros(4)),
         (Image(4), torch.zeros(2, 4)),
+        (Image(4), torch.zeros(2, 4, 3, 3, 3)),
+        (Volume(4), torch.zeros(4, 3, 3)),
+        (Volume(4), torch.zeros(1, 2, 4, 3, 3, 3)),
         (Logits(4), torch.zeros(1, 2, 3, 4)),
         (Tokens(4), torch.zeros(2, 3)),
         (Tokens(4), torch.zeros(2, 3, dtype=torch.bool)),
@@ -140,10 +157,10 @@ def test_spaces_fit_when_kind_and_width_are_equal() -> None:
     assert Features(3) == Features(3)
     assert Features(3) != Features(4)
     assert Features(3) != Logits(3)
-    assert len({Features(3), Features(3), Sequence(3), Image(3), Logits(3), Tokens(3)}) == 5
+    assert len({Features(3), Features(3), Sequence(3), Image(3), Volume(3), Logits(3), Tokens(3)}) == 6
 
 
-@pytest.mark.parametrize("kind", [Features, Sequence, Image, Logits, Tokens])
+@pytest.mark.parametrize("kind", [Features, Sequence, Image, Volume, Logits, Tokens])
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "3"])
 def test_a_width_must_be_a_positive_integer(kind: type[Features], size: object) -> None:
     with pytest.raises(InvalidArgument, match=f"features of {kind.__name__} must be an integer of at least 1"):
@@ -155,3 +172,17 @@ def test_the_library_errors_are_also_the_usual_python_ones() -> None:
     assert issubclass(InvalidArgument, ValueError)
     assert issubclass(SpaceMismatch, ModulaError)
     assert issubclass(InvalidArgument, ModulaError)
+
+
+@pytest.mark.parametrize(
+    ("value", "dims", "least"), [(0, 2, 1), (-1, 2, 0), ((1,), 2, 1), ((1, 2.0), 2, 1), (True, 1, 0)]
+)
+def test_numbers_per_dimension_are_checked(value: object, dims: int, least: int) -> None:
+    with pytest.raises(InvalidArgument, match=f"the stride of a layer must be an integer of at least {least}"):
+        per_dimension("the stride of a layer", value, dims, least)
+
+
+def test_one_number_stands_for_every_dimension() -> None:
+    assert per_dimension("a stride", 2, 3) == (2, 2, 2)
+    assert per_dimension("a stride", (1, 2), 2) == (1, 2)
+    assert per_dimension("a padding", 0, 1, least=0) == (0,)

@@ -1,19 +1,19 @@
-"""Checkpoints: weights and optimizer state in one safetensors file, which is whole or absent at any moment."""
+"""Checkpoints: weights, running statistics and optimizer state in one safetensors file, whole or absent at any moment."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from modula_agd.error import ModulaError
+from modula_agd.error import InvalidArgument, ModulaError
 from modula_agd.train.extras import require
 
 if TYPE_CHECKING:
     from modula_agd import State
 
-_PARAMS, _STATE = "params.", "state."
+_PARTS = ("params", "buffers", "state")
 
 
 class CheckpointError(ModulaError, ValueError):
@@ -25,32 +25,56 @@ class Checkpoint(NamedTuple):
 
     Args:
         params: weights by name.
-        state: the fields of the optimizer's state by name.
+        buffers: running statistics by name; empty for most networks.
+        state: the tensors of the optimizer's state by name: of the field, and below it of the weight where there are many.
         metadata: texts by name, such as the step.
     """
 
     params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
     state: dict[str, Tensor]
     metadata: dict[str, str]
 
 
-def save(path: Path, params: Mapping[str, Tensor], state: "State", metadata: Mapping[str, str]) -> None:
+def save(
+    path: Path,
+    params: Mapping[str, Tensor],
+    state: "State",
+    metadata: Mapping[str, str],
+    buffers: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a checkpoint; a reader, or a crash, finds the old file or the new one, never half of one.
 
     Args:
         path: in an existing folder.
         params: weights by name, on any device.
-        state: a named tuple of tensors.
+        state: a named tuple of tensors, of mappings and of named tuples of such.
         metadata: texts to keep with them.
+        buffers: running statistics by name.
     """
     require("writing a checkpoint", "safetensors")
     from safetensors.torch import save as serialised
 
-    named = {f"{_PARAMS}{name}": value for name, value in params.items()}
-    named |= {f"{_STATE}{name}": value for name, value in state._asdict().items()}
+    parts = zip(_PARTS, (params, buffers or {}, state), strict=True)
     # Fields of a state may share memory, which safetensors refuses to write.
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in named.items()}
+    tensors = {
+        name: value.detach().cpu().clone().contiguous() for part, values in parts for name, value in _flat(part, values)
+    }
     replace(path, serialised(tensors, dict(metadata)))
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor with its dotted name."""
+    if value is None:
+        return
+    if isinstance(value, Tensor):
+        yield path, value
+        return
+    fields = value._asdict() if hasattr(value, "_asdict") else value
+    if not isinstance(fields, Mapping):
+        raise InvalidArgument(f"a checkpoint holds tensors, but {path} is {type(value).__name__}")
+    for name, part in fields.items():
+        yield from _flat(f"{path}.{name}", part)
 
 
 def load(path: Path) -> Checkpoint:
@@ -70,14 +94,43 @@ def load(path: Path) -> Checkpoint:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}. Name another, or train again.") from error
-    params = {name.removeprefix(_PARAMS): value for name, value in tensors.items() if name.startswith(_PARAMS)}
-    state = {name.removeprefix(_STATE): value for name, value in tensors.items() if name.startswith(_STATE)}
-    if not params or len(params) + len(state) != len(tensors):
+    params, buffers, state = (
+        {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
+        for part in _PARTS
+    )
+    if not params or len(params) + len(buffers) + len(state) != len(tensors):
         raise CheckpointError(
-            f"{path} holds tensors named {', '.join(sorted(tensors)[:3])}, but a checkpoint's begin with {_PARAMS!r} or "
-            f"{_STATE!r}. Name a file that a training run has written."
+            f"{path} holds tensors named {', '.join(sorted(tensors)[:3])}, but a checkpoint's begin with "
+            f"{', '.join(_PARTS)} and a dot. Name a file that a training run has written."
         )
-    return Checkpoint(params, state, metadata)
+    return Checkpoint(params, buffers, state, metadata)
+
+
+def state_like(example: "State", tensors: Mapping[str, Tensor]) -> "State":
+    """A state from the tensors that a checkpoint holds of it, to go on from.
+
+    Args:
+        example: a state of the same method, such as ``method.init(params)``.
+        tensors: ``Checkpoint.state``.
+
+    Raises:
+        CheckpointError: the tensors are not those of such a state.
+    """
+    return _filled(example, dict(tensors), "")
+
+
+def _filled(example: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    below = {name.removeprefix(f"{path}."): value for name, value in tensors.items() if name.startswith(f"{path}.")}
+    inside = below if path else tensors
+    if isinstance(example, Mapping):
+        return inside
+    if hasattr(example, "_asdict"):
+        return type(example)(**{name: _filled(part, inside, name) for name, part in example._asdict().items()})
+    if example is not None and path not in tensors:
+        raise CheckpointError(
+            f"the checkpoint's state has no {path}. It was written by another method or version; start from method.init."
+        )
+    return None if example is None else tensors[path]
 
 
 def replace(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Classification data sets by name, ready for training: standardised, flattened, each sample of RMS norm 1."""
+"""Classification data sets by name, held in memory: labelled images, standardised per channel."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,29 +7,27 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from modula_agd.error import InvalidArgument
 from modula_agd.train.extras import require
+from modula_agd.train.facts import ImageFacts, measured
 from modula_agd.train.pixels import DataError, Pixels, from_hub, from_parquet
-
-Images = Shaped[Tensor, "batch channels height width"]
-Rows = Float[Tensor, "batch features"]
 
 HUB = "hub:"
 _DIGITS_SPLIT_SEED = 0
 
 
 class Examples(NamedTuple):
-    """Inputs and their labels.
+    """Images and their labels.
 
     Args:
-        inputs: one row per sample, RMS 1 (a sample that equals the training mean stays 0).
+        inputs: standardised by the training images' channels.
         labels: class indices.
     """
 
-    inputs: Float[Tensor, "batch features"]
+    inputs: Float[Tensor, "batch channels height width"]
     labels: Int[Tensor, " batch"]
 
     def to(self, device: torch.device | str) -> "Examples":
@@ -39,37 +37,48 @@ class Examples(NamedTuple):
 
 @dataclass(frozen=True)
 class Classification:
-    """A classification data set.
+    """A classification data set in memory.
 
     Args:
-        name: as the user named it.
-        classes: number of classes, ≥ 1.
-        shape: channels, height and width that a row of inputs was flattened from.
+        facts: what the images are.
         train: examples to learn from.
         validation: examples held out.
     """
 
-    name: str
-    classes: int
-    shape: tuple[int, int, int]
+    facts: ImageFacts
     train: Examples
     validation: Examples
 
     @property
+    def name(self) -> str:
+        """As the user named it."""
+        return self.facts.name
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.facts.classes
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.facts.shape
+
+    @property
     def features(self) -> int:
-        """Features per sample."""
-        return self.train.inputs.shape[1]
+        """Numbers in one image."""
+        return self.facts.features
 
     def to(self, device: torch.device | str) -> "Classification":
         """The same data set on another device."""
-        return Classification(self.name, self.classes, self.shape, self.train.to(device), self.validation.to(device))
+        return Classification(self.facts, self.train.to(device), self.validation.to(device))
 
 
 def classification(name: str, folder: Path | None = None) -> Classification:
     """Load a data set.
 
     Args:
-        name: "digits", which scikit-learn brings along; "mnist" or "cifar10", Parquet files; or "hub:NAME".
+        name: "digits", which scikit-learn brings along; "mnist", "cifar10" or "cifar100", Parquet files; or "hub:NAME".
         folder: where ``train.parquet`` and ``test.parquet`` lie, or the folder above, with ``name/train.parquet``.
 
     Returns:
@@ -129,30 +138,6 @@ def batches_per_epoch(count: int, size: int) -> int:
     return count // min(size, count)
 
 
-def standardise(train: Images, held_out: Images) -> tuple[Rows, Rows]:
-    """Images as rows of RMS norm 1, after standardising each channel by the training images' mean and deviation.
-
-    The network's bound assumes inputs of norm at most 1; this makes it true.
-
-    Args:
-        train: any real dtype.
-        held_out: images of the same shape.
-
-    Returns:
-        Both in float32. A channel that is constant in training is only centred; an image at the mean stays 0.
-    """
-    values = train.to(torch.float32)
-    deviation, mean = torch.std_mean(values, dim=(0, 2, 3), correction=0, keepdim=True)
-    deviation = torch.where(deviation > 0, deviation, 1.0)
-
-    def rows(images: Tensor) -> Tensor:
-        flat = rearrange((images - mean).div_(deviation), "b c h w -> b (c h w)")
-        rms = torch.linalg.vector_norm(flat, dim=1, keepdim=True) / flat.shape[1] ** 0.5
-        return flat.div_(torch.where(rms > 0, rms, 1.0))
-
-    return rows(values), rows(held_out)
-
-
 def _from_pixels(name: str, splits: dict[str, Pixels], classes: int | None) -> Classification:
     train, test = splits["train"], splits["test"]
     if train.images.shape[1:] != test.images.shape[1:]:
@@ -168,20 +153,20 @@ def _from_pixels(name: str, splits: dict[str, Pixels], classes: int | None) -> C
                 f"{split.source}, row {row}, has the label {int(split.labels[row])}, but {name} has {classes} classes, "
                 f"labelled 0 to {classes - 1}. Correct the labels, or check that this is the right file."
             )
-    channels, height, width = train.images.shape[1:]
-    inputs, held_out = standardise(train.images, test.images)
+    facts = measured(name, classes, train.images)
     return Classification(
-        name,
-        classes,
-        (channels, height, width),
-        Examples(inputs, train.labels),
-        Examples(held_out, test.labels),
+        facts,
+        Examples(facts.standardised(train.images), train.labels),
+        Examples(facts.standardised(test.images), test.labels),
     )
 
 
-def _parquet(name: str, folder: Path | None) -> Classification:
-    files = {split: data_file(name, folder, f"{split}.parquet") for split in ("train", "test")}
-    return _from_pixels(name, from_parquet(files), 10)
+def _parquet(classes: int) -> Callable[[str, Path | None], Classification]:
+    def load(name: str, folder: Path | None) -> Classification:
+        files = {split: data_file(name, folder, f"{split}.parquet") for split in ("train", "test")}
+        return _from_pixels(name, from_parquet(files), classes)
+
+    return load
 
 
 def _digits(name: str, folder: Path | None) -> Classification:
@@ -205,9 +190,10 @@ def _digits(name: str, folder: Path | None) -> Classification:
 
 _LOADERS: dict[str, Callable[[str, Path | None], Classification]] = {
     "digits": _digits,
-    "mnist": _parquet,
-    "cifar10": _parquet,
+    "mnist": _parquet(10),
+    "cifar10": _parquet(10),
+    "cifar100": _parquet(100),
 }
 
 NAMES = tuple(_LOADERS)
-"""The classification data sets that have a name of their own."""
+"""The classification data sets that have a name of their own and fit into memory."""

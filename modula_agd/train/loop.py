@@ -1,26 +1,29 @@
 """The training loop: minibatches, one pure update each, an evaluation now and then."""
 
-import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from modula_agd import Method, State
 from modula_agd.error import InvalidArgument
 from modula_agd.train.checkpoint import save
-from modula_agd.train.data import Classification, Examples, batches, batches_per_epoch
 from modula_agd.train.extras import require
-from modula_agd.train.objective import targets
+from modula_agd.train.meter import Meter, finite
+from modula_agd.train.objective import aiming
+from modula_agd.train.recipe import KEY, Recipe
 from modula_agd.train.run_folder import Evaluation, RunFolder
+from modula_agd.train.seeds import DROPOUT, stream
+from modula_agd.train.task import Batch, Task
 
 _SHOW_EVERY = 20
-_EVALUATION_BATCH = 2048
+# Without gradients a network keeps little of a batch, so that small ones need not be evaluated in small ones.
+_EVALUATION_BATCH = 256
 
-Params = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Schedule:
         steps: number of updates, ≥ 1.
         batch_size: samples per minibatch, ≥ 1; the whole training set where it has fewer.
         eval_every: updates between evaluations, ≥ 1.
-        seed: of the initial weights and of the shuffles.
+        seed: of the initial weights, the batches, the augmentation and the dropout.
     """
 
     steps: int
@@ -51,51 +54,87 @@ class Outcome:
 
     Args:
         params: the last weights.
+        buffers: the last running statistics; ``{}`` for most networks.
         state: the optimizer's last state.
         steps: updates made.
         history: one evaluation per line of the log.
         interrupted: whether the user stopped it.
     """
 
-    params: Params
+    params: Tensors
+    buffers: Tensors
     state: State
     steps: int
     history: tuple[Evaluation, ...]
     interrupted: bool
 
 
-class _Meter:
-    """Sums of loss and hits, kept on the device so that a step waits for nothing."""
+@dataclass(frozen=True)
+class _Point:
+    """Where training stands; a step makes a new one."""
 
-    def __init__(self) -> None:
-        self.samples = 0
-        self.sums: Float[Tensor, " 2"] | None = None
+    params: Tensors
+    buffers: Tensors
+    state: State
+    step: int
 
-    def add(self, loss: Tensor, outputs: Tensor, labels: Tensor) -> None:
-        count = len(labels)
-        hits = (outputs.argmax(1) == labels).sum()
-        sums = torch.stack((loss.detach().float() * count, hits.float()))
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.samples += count
 
-    def means(self) -> tuple[float | None, float | None]:
-        """Mean loss and accuracy; waits for the device."""
-        if self.sums is None:
-            return None, None
-        loss, hits = self.sums.tolist()
-        return _finite(loss / self.samples), hits / self.samples
+class _Trainer:
+    """What one run computes with; holds nothing that changes but the generator of dropout."""
+
+    def __init__(self, method: Method, task: Task, seed: int) -> None:
+        self.method, self.task = method, task
+        self.aims = aiming(method.loss, task.facts.classes, task.device)
+        self.generator = stream(seed, DROPOUT, task.device)
+        self.gradient = torch.func.grad_and_value(self._training_loss, has_aux=True)
+
+    def start(self, seed: int) -> _Point:
+        network, device = self.method.network, self.task.device
+        params = network.init(seed, device=device)
+        return _Point(params, network.buffers(device), self.method.init(params), 0)
+
+    def _training_loss(self, params: Tensors, buffers: Tensors, inputs: Tensor, aims: Tensor) -> tuple[Tensor, Any]:
+        outputs, renewed = self.method.network.run(params, inputs, buffers, self.generator)
+        return self.method.loss(outputs, aims), (outputs, renewed)
+
+    def step(self, point: _Point, batch: Batch, meter: Meter) -> tuple[_Point, Tensors]:
+        """The next point, and the updates that led to it."""
+        aims = self.aims(batch.labels)
+        grads, (value, (outputs, renewed)) = self.gradient(point.params, point.buffers, batch.inputs, aims)
+        method, params = self.method, point.params
+        evidence = method.evidence(params, batch.inputs, aims) if method.needs_evidence else None
+        updates, state = method.update(grads, point.state, params, evidence=evidence)
+        meter.add(value, outputs, batch.labels)
+        moved = {name: weight + updates[name] if name in updates else weight for name, weight in params.items()}
+        return _Point(moved, renewed, state, point.step + 1), updates
+
+    def evaluated(self, point: _Point, batch_size: int) -> tuple[float | None, float | None]:
+        """Mean loss and accuracy on the held-out data."""
+        meter = Meter()
+        with torch.no_grad():
+            for inputs, labels in self.task.evaluation(batch_size):
+                outputs = self.method.network(point.params, inputs, point.buffers)
+                meter.add(self.method.loss(outputs, self.aims(labels)), outputs, labels)
+        return meter.means()
 
 
 def train(
-    method: Method, data: Classification, schedule: Schedule, run: RunFolder | None = None, *, progress: bool = False
+    method: Method,
+    task: Task,
+    schedule: Schedule,
+    run: RunFolder | None = None,
+    *,
+    recipe: Recipe | None = None,
+    progress: bool = False,
 ) -> Outcome:
-    """Train a network from fresh weights on the device that holds the data.
+    """Train a network from fresh weights on the task's device.
 
     Args:
-        method: made for a network that takes the data's features and gives one output per class.
-        data: on the device to train on.
+        method: made for a network that takes the task's inputs and gives one output per class.
+        task: where the batches come from.
         schedule: how long, and how often to evaluate.
         run: an existing folder for the log and, at each evaluation, the checkpoint.
+        recipe: of the network, for the checkpoint, so that ``restore`` can build it again.
         progress: show a bar with loss, accuracy and η.
 
     Returns:
@@ -107,90 +146,51 @@ def train(
     require("the progress bar", "tqdm")
     from tqdm import tqdm
 
-    device = data.train.inputs.device
-    params = method.network.init(schedule.seed, device=device)
-    state = method.init(params)
-    aims = targets(method.loss, data.train.labels, data.classes)
-    held_out = targets(method.loss, data.validation.labels, data.classes)
-    gradient = torch.func.grad_and_value(
-        lambda params, inputs, aims: _loss_and_outputs(method, params, inputs, aims), has_aux=True
-    )
-    per_epoch = batches_per_epoch(len(aims), schedule.batch_size)
+    trainer = _Trainer(method, task, schedule.seed)
+    point, meter = trainer.start(schedule.seed), Meter()
+    per_epoch = task.per_epoch(schedule.batch_size)
     history: list[Evaluation] = []
-    meter, step, interrupted = _Meter(), 0, False
+    interrupted = False
     start = time.perf_counter()
+
+    def keep() -> None:
+        if run is not None:
+            about = {} if recipe is None else {KEY: str(recipe)}
+            metadata = {"step": str(point.step), "seed": str(schedule.seed), **about}
+            save(run.checkpoint, point.params, point.state, metadata, point.buffers)
 
     def evaluate(relative_update: dict[str, float | None]) -> None:
         nonlocal meter
-        train_loss, train_accuracy = meter.means()
-        val_loss, val_accuracy = evaluation(method, params, data.validation, held_out)
-        eta = float(state.eta) if step else None
+        figures = *meter.means(), *trainer.evaluated(point, max(schedule.batch_size, _EVALUATION_BATCH))
+        eta = float(point.state.eta) if point.step else None
         seconds = round(time.perf_counter() - start, 3)
-        epoch = round(step / per_epoch, 6)
         history.append(
-            Evaluation(step, epoch, train_loss, train_accuracy, val_loss, val_accuracy, eta, seconds, relative_update)
+            Evaluation(point.step, round(point.step / per_epoch, 6), *figures, eta, seconds, relative_update)
         )
-        meter = _Meter()
+        meter = Meter()
         if run is not None:
             run.append(history[-1])
-            save(run.checkpoint, params, state, {"step": str(step), "seed": str(schedule.seed)})
+        keep()
 
     with tqdm(total=schedule.steps, unit="step", disable=not progress, dynamic_ncols=True) as bar:
         try:
             evaluate({})
-            for chosen in _indices(len(aims), schedule, device):
-                inputs, aim = data.train.inputs.index_select(0, chosen), aims.index_select(0, chosen)
-                grads, (value, outputs) = gradient(params, inputs, aim)
-                evidence = method.evidence(params, inputs, aim) if method.needs_evidence else None
-                updates, after = method.update(grads, state, params, evidence=evidence)
-                meter.add(value, outputs, data.train.labels.index_select(0, chosen))
-                due = (step + 1) % schedule.eval_every == 0 or step + 1 == schedule.steps
-                relative_update = _relative(updates, params) if due else {}
-                moved = {name: weight + updates[name] if name in updates else weight for name, weight in params.items()}
-                params, state, step = moved, after, step + 1
-                if due or step % _SHOW_EVERY == 0:
-                    _show(bar, meter, state)
+            stream_of_batches = task.batches(schedule.batch_size, schedule.seed)
+            for _, batch in zip(range(schedule.steps), stream_of_batches, strict=False):
+                before = point
+                point, updates = trainer.step(point, batch, meter)
+                due = point.step % schedule.eval_every == 0 or point.step == schedule.steps
+                if due or point.step % _SHOW_EVERY == 0:
+                    _show(bar, meter, point.state)
                 if due:
-                    method.check(state)
-                    evaluate(relative_update)
+                    method.check(point.state)
+                    evaluate(_relative(updates, before.params))
                 bar.update()
         except KeyboardInterrupt:
             interrupted = True
-    if interrupted and run is not None:
-        save(run.checkpoint, params, state, {"step": str(step), "seed": str(schedule.seed)})
-    return Outcome(params, state, step, tuple(history), interrupted)
-
-
-def evaluation(
-    method: Method, params: Mapping[str, Tensor], examples: Examples, aims: Num[Tensor, "batch *target"]
-) -> tuple[float | None, float | None]:
-    """Mean loss and accuracy over all examples, in batches.
-
-    Args:
-        method: gives the network and the loss.
-        params: its weights.
-        examples: what to evaluate on.
-        aims: their targets, as the loss takes them.
-    """
-    meter = _Meter()
-    with torch.no_grad():
-        parts = zip(*(part.split(_EVALUATION_BATCH) for part in (*examples, aims)), strict=True)
-        for inputs, labels, aim in parts:
-            loss, outputs = _loss_and_outputs(method, params, inputs, aim)
-            meter.add(loss, outputs, labels)
-    return meter.means()
-
-
-def _loss_and_outputs(method: Method, params: Mapping[str, Tensor], inputs: Tensor, aims: Tensor):
-    """``method.objective`` with the outputs beside it, from which the accuracy is read at no further pass."""
-    outputs = method.network(params, inputs)
-    return method.loss(outputs, aims), outputs
-
-
-def _indices(count: int, schedule: Schedule, device: torch.device) -> Iterator[Int[Tensor, " batch"]]:
-    generator = torch.Generator().manual_seed(schedule.seed)
-    for _, chosen in zip(range(schedule.steps), batches(count, schedule.batch_size, generator, device), strict=False):
-        yield chosen
+    if interrupted:
+        keep()
+    return Outcome(point.params, point.buffers, point.state, point.step, tuple(history), interrupted)
 
 
 def _relative(updates: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, float | None]:
@@ -198,15 +198,10 @@ def _relative(updates: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> di
     if not updates:
         return {}
     ratios = torch.stack([update.norm().float() / params[name].norm().float() for name, update in updates.items()])
-    return {name: _finite(ratio) for name, ratio in zip(updates, ratios.tolist(), strict=True)}
+    return {name: finite(ratio) for name, ratio in zip(updates, ratios.tolist(), strict=True)}
 
 
-def _show(bar, meter: _Meter, state: State) -> None:
+def _show(bar: Any, meter: Meter, state: State) -> None:
     loss, accuracy = meter.means()
     if loss is not None and accuracy is not None:
         bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.1%}, η {float(state.eta):.4f}", refresh=False)
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return value if math.isfinite(value) else None

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 IMAGE_NAMES = ("image", "img")
 LABEL_NAMES = ("label", "labels", "fine_label")
 
+# What Pillow raises on damaged files, by decoder: SyntaxError from PNG, struct.error from truncated headers.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
+
 
 class DataError(ModulaError, ValueError):
     """Data is missing, unreadable or not what was declared."""
@@ -67,7 +70,7 @@ def from_parquet(files: Mapping[str, Path]) -> dict[str, Pixels]:
         splits = datasets.load_dataset("parquet", data_files=names)
     except (OSError, ValueError, DatasetsError) as error:
         listing = " and ".join(names.values())
-        raise DataError(f"{listing} could not be read as Parquet: {_reason(error)}. Download them again.") from error
+        raise DataError(f"{listing} could not be read as Parquet: {reason(error)}. Download them again.") from error
     return {split: _decoded(splits[split], source) for split, source in names.items()}
 
 
@@ -89,7 +92,7 @@ def from_hub(name: str) -> dict[str, Pixels]:
         splits = datasets.load_dataset(name)
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
-            f"the data set {name!r} could not be loaded: {_reason(error)}. "
+            f"the data set {name!r} could not be loaded: {reason(error)}. "
             "Check the name and the connection, or download Parquet files and name their folder with --data-dir."
         ) from error
     held_out = next((split for split in ("validation", "valid", "test") if split in splits), None)
@@ -104,7 +107,7 @@ def from_hub(name: str) -> dict[str, Pixels]:
     }
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The innermost cause, on one line: ``datasets`` wraps what it met in layers of its own."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -174,10 +177,9 @@ def _open(cell: dict[str, Any] | None, row: int, source: str) -> Any:
     try:
         picture = PIL.Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
         picture.load()
-    # What Pillow raises on damaged files, by decoder: SyntaxError from PNG, struct.error from truncated headers.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
+    except UNREADABLE as error:
         raise DataError(
-            f"{source}, row {row}, holds an image that cannot be read: {_reason(error)}. {remedy}"
+            f"{source}, row {row}, holds an image that cannot be read: {reason(error)}. {remedy}"
         ) from error
     return picture
 

@@ -29,7 +29,7 @@ def plot(history: Sequence[Evaluation], path: Path, title: str) -> None:
     _lines(loss, history, {"training": "train_loss", "validation": "val_loss"})
     loss.set(title="Loss", ylabel="mean loss")
     _lines(accuracy, history, {"training": "train_accuracy", "validation": "val_accuracy"}, percent=True)
-    accuracy.set(title="Accuracy", ylabel="classified rightly (%)")
+    accuracy.set(title="Accuracy", ylabel="right predictions (%)")
     _lines(eta, history, {"η": "eta"})
     eta.set(title="Automatic step size η of the whole network", ylabel="η (dimensionless)", xlabel="epoch")
     _layers(update, history)

@@ -20,9 +20,9 @@ class Evaluation:
         epoch: passes over the training data, fractional.
         train_loss: mean loss of the minibatches since the last evaluation; None before the first update, and where it
             is not finite, as are the other figures.
-        train_accuracy: share of their samples classified rightly, 0 to 1.
+        train_accuracy: share of right predictions among their samples (of text: among the characters), 0 to 1.
         val_loss: mean loss over the held-out data.
-        val_accuracy: share of the held-out samples classified rightly, 0 to 1.
+        val_accuracy: share of right predictions there, 0 to 1.
         eta: η of the last update, dimensionless.
         seconds: wall time since training began, evaluations included.
         relative_update: ‖ΔW‖_F/‖W‖_F of each parameter in the last update; None where the weight was 0.
@@ -72,10 +72,12 @@ class RunFolder:
             overwrite: allow it; ``create`` will replace an earlier run's files and leave others alone.
 
         Raises:
-            InvalidArgument: the folder is not empty, or is a file.
+            InvalidArgument: the folder is not empty, is a file, or would have to lie in one.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise InvalidArgument(f"the run folder {self.path} is a file. Name another with --out.")
+        nearest = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        if not nearest.is_dir():
+            what = "is a file" if nearest == self.path else f"cannot be made, as {nearest} is a file"
+            raise InvalidArgument(f"the run folder {self.path} {what}. Name another with --out.")
         if not overwrite and self.path.is_dir() and any(self.path.iterdir()):
             raise InvalidArgument(
                 f"the run folder {self.path} is not empty. Name another with --out, or replace that run with --overwrite."

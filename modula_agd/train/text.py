@@ -1,4 +1,4 @@
-"""Character data: a text, its vocabulary, and random windows of it."""
+"""A text as character ids, split in two, and random windows of it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,9 @@ from torch import Tensor
 from modula_agd.error import InvalidArgument
 from modula_agd.train.data import data_file
 from modula_agd.train.pixels import DataError
+from modula_agd.train.vocabulary import Vocabulary
+
+SHAKESPEARE, TEXT = "shakespeare", "text:"
 
 
 @dataclass(frozen=True)
@@ -17,88 +20,87 @@ class Characters:
     """A text as character ids, its last tenth held out.
 
     Args:
-        vocabulary: the distinct characters in sorted order; an id is an index into it.
+        name: as the user named it.
+        vocabulary: its distinct characters in sorted order.
         train: ids of the first 90%.
         validation: ids of the rest.
     """
 
-    vocabulary: str
+    name: str
+    vocabulary: Vocabulary
     train: Int[Tensor, " train"]
     validation: Int[Tensor, " validation"]
 
-    def encode(self, text: str) -> Int[Tensor, " length"]:
-        """The ids of a text.
+    def to(self, device: torch.device | str) -> "Characters":
+        """The same text on another device."""
+        return Characters(self.name, self.vocabulary, self.train.to(device), self.validation.to(device))
 
-        Raises:
-            InvalidArgument: a character is not in the vocabulary.
-        """
-        unknown = sorted(set(text) - set(self.vocabulary))
-        if unknown:
+    def check(self, context: int) -> None:
+        """Raise ``InvalidArgument`` unless windows of ``context`` characters, and their targets, fit into both splits."""
+        longest = min(len(self.train), len(self.validation)) - 1
+        if not 1 <= context <= longest:
             raise InvalidArgument(
-                f"the text to encode holds {unknown[0]!r}, which is not among the {len(self.vocabulary)} characters of the "
-                "vocabulary. Leave such characters out."
+                f"windows of {context} characters were asked for, but the text allows 1 to {longest}. Shorten the context."
             )
-        return _ids(self.vocabulary, text)
-
-    def decode(self, ids: Int[Tensor, " length"]) -> str:
-        """The text of some ids.
-
-        Raises:
-            InvalidArgument: an id is out of range.
-        """
-        numbers = ids.tolist()
-        for number in numbers:
-            if not 0 <= number < len(self.vocabulary):
-                raise InvalidArgument(
-                    f"the id {number} was to be decoded, but ids run from 0 to {len(self.vocabulary) - 1}"
-                )
-        return "".join(self.vocabulary[number] for number in numbers)
 
     def sample(
-        self, generator: torch.Generator, batch: int, context: int, *, validation: bool = False
+        self, generator: torch.Generator, batch: int, context: int
     ) -> tuple[Int[Tensor, "batch context"], Int[Tensor, "batch context"]]:
-        """Random windows, and the same windows one character later: the targets.
+        """Random windows of the training split, and the same windows one character later: the targets.
 
         Args:
             generator: on the CPU.
             batch: number of windows, ≥ 1, drawn with replacement.
-            context: characters per window, from 1 to the length of the split less 1.
-            validation: draw from the held-out tenth.
+            context: characters per window.
 
         Raises:
             InvalidArgument: a number is out of range.
         """
-        ids = self.validation if validation else self.train
+        self.check(context)
         if batch < 1:
             raise InvalidArgument(f"a batch of {batch} windows was asked for; it must be at least 1")
-        if not 1 <= context < len(ids):
-            raise InvalidArgument(
-                f"windows of {context} characters were asked for, but the text allows 1 to {len(ids) - 1}. Shorten the context."
-            )
-        starts = torch.randint(len(ids) - context, (batch, 1), generator=generator)
-        windows = ids[(starts + torch.arange(context + 1)).to(ids.device)]
-        return windows[:, :-1], windows[:, 1:]
+        starts = torch.randint(len(self.train) - context, (batch,), generator=generator)
+        return windows(self.train, starts, context)
 
 
-def characters(folder: Path | None, name: str = "shakespeare") -> Characters:
-    """Read ``input.txt`` in ``folder`` or in ``folder/name``.
+def windows(
+    ids: Int[Tensor, " length"], starts: Int[Tensor, " batch"], context: int
+) -> tuple[Int[Tensor, "batch context"], Int[Tensor, "batch context"]]:
+    """Windows of ``ids``, and the same windows one later.
+
+    Args:
+        ids: on any device.
+        starts: where each window begins, from 0 to length − context − 1.
+        context: ids per window, ≥ 1.
+    """
+    places = (starts[:, None] + torch.arange(context + 1, device=starts.device)).to(ids.device)
+    found = ids[places]
+    return found[:, :-1], found[:, 1:]
+
+
+def characters(name: str = SHAKESPEARE, folder: Path | None = None) -> Characters:
+    """Read a text.
+
+    Args:
+        name: "shakespeare", which is ``input.txt`` in ``folder`` or in ``folder/shakespeare``; or "text:FILE".
+        folder: see above.
 
     Raises:
         DataError: the file is missing, is not UTF-8 text, or is too short to split.
     """
-    path = data_file(name, folder, "input.txt")
+    if name.startswith(TEXT):
+        path = Path(name.removeprefix(TEXT))
+        if not path.is_file():
+            raise DataError(f"there is no text file {path}. Name one as {TEXT}FILE.")
+    else:
+        path = data_file(name, folder, "input.txt")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}. Convert it first.") from error
-    vocabulary = "".join(sorted(set(text)))
     cut = len(text) * 9 // 10
     if cut < 2 or len(text) - cut < 2:
         raise DataError(f"{path} holds {len(text)} characters, but at least 20 are needed to hold out a tenth.")
-    ids = _ids(vocabulary, text)
-    return Characters(vocabulary, ids[:cut], ids[cut:])
-
-
-def _ids(vocabulary: str, text: str) -> Int[Tensor, " length"]:
-    index = {character: position for position, character in enumerate(vocabulary)}
-    return torch.tensor([index[character] for character in text], dtype=torch.int64)
+    points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
+    distinct, ids = points.unique(return_inverse=True)
+    return Characters(name, Vocabulary("".join(map(chr, distinct.tolist()))), ids[:cut], ids[cut:])

@@ -15,7 +15,7 @@ from modula_agd.device import usable
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.loss import Loss
 from modula_agd.module import Module
-from modula_agd.space import Features, Image, Logits, Space, positive
+from modula_agd.space import Features, Image, Logits, Space, Volume, positive
 from modula_agd.space import Sequence as SequenceSpace
 from modula_agd.verify.descent_laws import DESCENT_LAWS, Objective
 from modula_agd.verify.law import Device, Law, Measurement
@@ -199,7 +199,7 @@ def subjects(thing: Any) -> list[Any]:
     return [thing, *dict.fromkeys(norms)]
 
 
-_SPACES: tuple[Space, ...] = (Features(1), Features(4), SequenceSpace(3), Image(4), Logits(3))
+_SPACES: tuple[Space, ...] = (Features(1), Features(4), SequenceSpace(3), Image(4), Volume(2), Logits(3))
 
 
 def _bound(module: Module, space: Space) -> Module | None:

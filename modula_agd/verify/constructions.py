@@ -1,22 +1,15 @@
-"""The library's own modules, norms and losses as subjects of verification, each with draws that attain its bounds.
-
-``WITNESS`` attains almost every rule at once: constant inputs, weights of rank one aligned with them, every change along
-what it changes. Where a rule is attained elsewhere, the construction says where; where it is not tight, it says why.
-"""
+"""The library's own modules, norms and losses as subjects of verification, each with draws that attain its bounds."""
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-from modula_agd.atom import Bias, Conv2d, Embedding, Linear, Scale
+from modula_agd.atom import Bias, Embedding, Linear, Scale
 from modula_agd.bond import (
     GELU,
     Abs,
-    AvgPool2d,
     Flatten,
     Identity,
     LeakyReLU,
-    MaxPool2d,
     Mean,
     Multiply,
     ReLU,
@@ -26,53 +19,27 @@ from modula_agd.bond import (
     UnitBall,
 )
 from modula_agd.compound import MLP, ResMLP
-from modula_agd.loss import BinaryCrossEntropy, CrossEntropy, Huber, Loss, SquareLoss
+from modula_agd.convolution import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from modula_agd.kernel_norm import PerTap, Unfolded
+from modula_agd.loss import BinaryCrossEntropy, CrossEntropy, Huber, SquareLoss
 from modula_agd.module import Module
-from modula_agd.norm import RMS, Frobenius, PerTap, RowNorm, Sign, Spectral
-from modula_agd.space import Features, Image, Logits, Sequence
+from modula_agd.norm import RMS, Frobenius, RowBlocks, RowNorm, Sign, Spectral
+from modula_agd.pooling import (
+    AdaptiveAvgPool2d,
+    AdaptiveMaxPool2d,
+    AvgPool1d,
+    AvgPool2d,
+    AvgPool3d,
+    MaxPool1d,
+    MaxPool2d,
+    MaxPool3d,
+)
+from modula_agd.space import Features, Image, Logits, Sequence, Volume
+from modula_agd.verify.construction import EXACT, MEAN, SMALL, SPIKES, STATIC, WITNESS, Construction
 from modula_agd.verify.descent_laws import Objective
-from modula_agd.verify.draw import LossDraw, ModuleDraw, NormDraw
+from modula_agd.verify.draw import LossDraw, ModuleDraw
 from modula_agd.verify.norm_laws import Shaped
-
-WITNESS = ModuleDraw(weights="ones", steps="along", inputs="constant", input_steps="along", t=0.3, input_step=0.2)
-SMALL = replace(WITNESS, t=1e-4)
-
-
-@dataclass(frozen=True)
-class Construction:
-    """A subject, and where its laws are attained.
-
-    Args:
-        subject: a module, shaped norm, loss or objective.
-        witnesses: draws by law name, where the default ones do not attain the law.
-        loose: laws that no draw attains, with the reason.
-        side: the one size of image that the subject takes, if it takes only one.
-    """
-
-    subject: Any
-    witnesses: dict[str, Any] = field(default_factory=dict)
-    loose: dict[str, str] = field(default_factory=dict)
-    side: int | None = None
-
-    def witness(self, law: str) -> Any | None:
-        """A draw that attains the law; None where it is loose, or, for an objective, where none is listed."""
-        if law in self.loose:
-            return None
-        default: Any = WITNESS
-        if isinstance(self.subject, Objective):
-            default = None
-        elif isinstance(self.subject, Shaped):
-            default = NormDraw(kind="ones", other="ones")
-        elif isinstance(self.subject, Loss):
-            default = LossDraw()
-        elif law in ("ceiling depth", "depth"):
-            default = SMALL
-        return self.witnesses.get(law, default)
-
-
-_STATIC = {"ceiling depth": "no weight, no growth", "depth": "no weight, no growth"}
-_EXACT = {"second order": "linear in all that moves: 0 ≤ 0"}
-_MEAN = {"ceiling depth": "a sum's ceiling takes the largest depth where γ has their mean"}
+from modula_agd.verify.structured_constructions import STRUCTURED
 
 
 def _smooth(module: Module, steepest: float, most_curved: ModuleDraw | None, **loose: str) -> Construction:
@@ -80,11 +47,16 @@ def _smooth(module: Module, steepest: float, most_curved: ModuleDraw | None, **l
     witnesses = {"growth": replace(WITNESS, magnitude=max(abs(steepest), 1e-4), input_step=1e-3 if steepest else 0.2)}
     if most_curved is not None:
         witnesses["second order"] = most_curved
-    return Construction(module, witnesses, {**_STATIC, **loose})
+    return Construction(module, witnesses, {**STATIC, **loose})
+
+
+def _maximum(module: Module, side: int) -> Construction:
+    """Max pooling of one window, in which each position is nonzero in a channel of its own."""
+    scattered = replace(WITNESS, inputs="scattered", side=side)
+    return Construction(module, dict.fromkeys(("magnitude", "growth"), scattered), STATIC)
 
 
 _SPIKE_AT_ZERO = replace(WITNESS, inputs="zero", input_steps="spike", magnitude=1e-3, input_step=1.0)
-_SPIKES = replace(WITNESS, inputs="spike", weights="identity")
 
 MODULES: dict[str, Construction] = {
     "Linear": Construction(Linear(4, 3)),
@@ -95,14 +67,28 @@ MODULES: dict[str, Construction] = {
     "Conv2d strided": Construction(Conv2d(2, 3, (1, 3), stride=2, padding=1)),
     "Conv2d grouped": Construction(Conv2d(4, 2, 3, padding=1, groups=2)),
     "Conv2d dilated": Construction(Conv2d(2, 2, 2, dilation=2, padding=1)),
-    "Embedding": Construction(Embedding(3, 5), loose=_EXACT),
-    "Bias": Construction(Bias(3), loose=_MEAN | _EXACT),
-    "Bias on Logits": Construction(Bias(Logits(3)), loose=_MEAN | _EXACT),
-    "Bias on Image": Construction(Bias(Image(2)), loose=_MEAN | _EXACT),
+    "Conv2d, patch": Construction(Conv2d(4, 3, 3, padding=1, geometry="patch")),
+    "Conv2d grouped, patch": Construction(Conv2d(4, 2, (2, 3), stride=(1, 2), padding=1, groups=2, geometry="patch")),
+    "Conv1d": Construction(Conv1d(3, 2, 3, stride=2, padding=1)),
+    "Conv1d, patch": Construction(Conv1d(3, 2, 2, dilation=2, padding=1, geometry="patch")),
+    "Conv3d": Construction(Conv3d(2, 3, 2)),
+    "Conv3d depthwise, patch": Construction(Conv3d(4, 2, (1, 2, 3), padding=(0, 1, 1), groups=2, geometry="patch")),
+    "ConvTranspose1d": Construction(ConvTranspose1d(2, 3, 3, stride=2, padding=1, output_padding=1)),
+    "ConvTranspose1d, patch": Construction(ConvTranspose1d(2, 3, 5, stride=2, geometry="patch")),
+    "ConvTranspose2d": Construction(ConvTranspose2d(3, 2, (3, 2), stride=(2, 1), padding=1)),
+    "ConvTranspose2d grouped, patch": Construction(ConvTranspose2d(2, 4, 3, stride=2, groups=2, geometry="patch")),
+    "ConvTranspose2d dilated, patch": Construction(ConvTranspose2d(2, 2, 3, stride=2, dilation=2, geometry="patch")),
+    "ConvTranspose2d without overlap": Construction(ConvTranspose2d(3, 2, 2, stride=2)),
+    "ConvTranspose3d": Construction(ConvTranspose3d(3, 2, 3, stride=(1, 2, 2))),
+    "Embedding": Construction(Embedding(3, 5), loose=EXACT),
+    "Bias": Construction(Bias(3), loose=MEAN | EXACT),
+    "Bias on Logits": Construction(Bias(Logits(3)), loose=MEAN | EXACT),
+    "Bias on Image": Construction(Bias(Image(2)), loose=MEAN | EXACT),
+    "Scale on Volume": Construction(Scale(Volume(2))),
     "Scale": Construction(Scale(3)),
-    "ReLU": Construction(ReLU().bind(Features(3)), loose=_STATIC),
-    "LeakyReLU": Construction(LeakyReLU(0.1).bind(Sequence(3)), loose=_STATIC),
-    "Abs": Construction(Abs().bind(Logits(3)), loose=_STATIC),
+    "ReLU": Construction(ReLU().bind(Features(3)), loose=STATIC),
+    "LeakyReLU": Construction(LeakyReLU(0.1).bind(Sequence(3)), loose=STATIC),
+    "Abs": Construction(Abs().bind(Logits(3)), loose=STATIC),
     "GELU": _smooth(GELU().bind(Features(3)), math.sqrt(2), _SPIKE_AT_ZERO, magnitude="|GELU(x)| < |x|"),
     "SiLU": _smooth(SiLU().bind(Features(3)), 2.39936, _SPIKE_AT_ZERO, magnitude="|SiLU(x)| < |x|"),
     "Tanh": _smooth(
@@ -114,18 +100,22 @@ MODULES: dict[str, Construction] = {
         replace(WITNESS, magnitude=1.317, input_step=1e-3),
         magnitude="|sigmoid(x)| < 1/2 + |x|/4",
     ),
-    "Identity": Construction(Identity().bind(Image(2)), loose=_STATIC | _EXACT),
-    "Flatten": Construction(Flatten(4, 4).bind(Image(2)), loose=_STATIC | _EXACT, side=4),
-    "Mean": Construction(Mean().bind(Sequence(3)), loose=_STATIC | _EXACT),
-    "AvgPool2d": Construction(AvgPool2d(2).bind(Image(3)), loose=_STATIC | _EXACT),
-    "MaxPool2d": Construction(
-        MaxPool2d(2).bind(Image(4)),
-        dict.fromkeys(("magnitude", "growth"), replace(WITNESS, inputs="scattered", side=2)),
-        _STATIC,
-    ),
-    "UnitBall": Construction(UnitBall().bind(Features(4)), {"growth": replace(WITNESS, magnitude=0.5)}, _STATIC),
+    "Identity": Construction(Identity().bind(Image(2)), loose=STATIC | EXACT),
+    "Flatten": Construction(Flatten(4, 4).bind(Image(2)), loose=STATIC | EXACT, side=4),
+    "Mean": Construction(Mean().bind(Sequence(3)), loose=STATIC | EXACT),
+    "Mean of Volume": Construction(Mean().bind(Volume(3)), loose=STATIC | EXACT),
+    "AvgPool1d": Construction(AvgPool1d(2).bind(Sequence(3)), loose=STATIC | EXACT),
+    "AvgPool2d": Construction(AvgPool2d(2).bind(Image(3)), loose=STATIC | EXACT),
+    "AvgPool3d": Construction(AvgPool3d((1, 2, 2), stride=1).bind(Volume(2)), loose=STATIC | EXACT),
+    "AdaptiveAvgPool2d": Construction(AdaptiveAvgPool2d(2, 3).bind(Image(3)), loose=STATIC | EXACT),
+    "MaxPool1d": _maximum(MaxPool1d(3, stride=1, padding=1).bind(Sequence(3)), side=3),
+    "MaxPool2d": _maximum(MaxPool2d(2).bind(Image(4)), side=2),
+    "MaxPool2d of a large window": _maximum(MaxPool2d((3, 2), stride=1, padding=1).bind(Image(2)), side=3),
+    "MaxPool3d": _maximum(MaxPool3d(2).bind(Volume(5)), side=2),
+    "AdaptiveMaxPool2d": _maximum(AdaptiveMaxPool2d(1, 1).bind(Image(4)), side=2),
+    "UnitBall": Construction(UnitBall().bind(Features(4)), {"growth": replace(WITNESS, magnitude=0.5)}, STATIC),
     "Multiply": Construction(
-        Multiply() @ (Linear(3, 3), Linear(3, 3)), dict.fromkeys(("magnitude", "growth", "second order"), _SPIKES)
+        Multiply() @ (Linear(3, 3), Linear(3, 3)), dict.fromkeys(("magnitude", "growth", "second order"), SPIKES)
     ),
     "Multiply by Logits": Construction(Multiply() @ (Linear(Logits(3), 3), Linear(3, 3))),
     "Sum": Construction(Linear(3, 4) + 2 * Linear(3, 4)),
@@ -133,14 +123,15 @@ MODULES: dict[str, Construction] = {
     "Power": Construction(Linear(3, 3) ** 3),
     "masses": Construction(Linear(3, 4).with_mass(0.5) @ Linear(4, 4, mass=3.0)),
     "MLP": Construction(MLP(3, 5, 4, depth=3)),
-    "MLP with bias": Construction(MLP(Logits(3), 5, 4, depth=3, bias=True), loose=_MEAN),
+    "MLP with bias": Construction(MLP(Logits(3), 5, 4, depth=3, bias=True), loose=MEAN),
     "deep linear": Construction(Linear(2, 5) @ Linear(5, 4) @ Linear(4, 3)),
-    "ResMLP": Construction(ResMLP(3, 5, 4, blocks=3), loose=_MEAN),
+    "ResMLP": Construction(ResMLP(3, 5, 4, blocks=3), loose=MEAN),
     "convolutional": Construction(Linear(3, 4) @ Mean() @ ReLU() @ Conv2d(4, 4, 1) @ ReLU() @ Conv2d(4, 2, 1)),
     "tokens": Construction(
         Linear(Logits(3), 4) @ Mean() @ (0.5 * Identity() + 0.5 * Linear(Sequence(4), Sequence(4))) @ Embedding(4, 5),
-        loose=_MEAN,
+        loose=MEAN,
     ),
+    **STRUCTURED,
 }
 
 NORMS: dict[str, Construction] = {
@@ -151,10 +142,23 @@ NORMS: dict[str, Construction] = {
     "Frobenius": Construction(Shaped(Frobenius(), (3, 5))),
     "RowNorm into Logits": Construction(Shaped(RowNorm.into_logits(4), (3, 4))),
     "RowNorm of Embedding": Construction(Shaped(RowNorm.of_embedding(3), (5, 3))),
+    "RowBlocks": Construction(Shaped(RowBlocks(Spectral(), 3), (6, 4))),
+    "RowBlocks, Frobenius": Construction(Shaped(RowBlocks(Frobenius(), 2), (4, 3))),
     "RMS": Construction(Shaped(RMS(), (5,))),
     "Sign": Construction(Shaped(Sign(), (4,))),
     "PerTap Spectral": Construction(Shaped(PerTap(Spectral(), 3.0), (4, 3, 3, 3))),
     "PerTap Frobenius": Construction(Shaped(PerTap(Frobenius(), 2.0, groups=2), (4, 2, 2, 2))),
+    "PerTap transposed": Construction(Shaped(PerTap(Spectral(), 1.5, groups=2, transposed=True), (4, 3, 3))),
+    "Unfolded Spectral": Construction(Shaped(Unfolded(Spectral()), (4, 3, 3, 3))),
+    "Unfolded grouped": Construction(Shaped(Unfolded(Spectral(), groups=2), (6, 2, 2))),
+    "Unfolded Frobenius": Construction(Shaped(Unfolded(Frobenius(), groups=2), (4, 2, 2, 2, 1))),
+    "Unfolded transposed": Construction(
+        Shaped(Unfolded(Spectral(), transposed=True, patches=((0, 2), (1, 3))), (4, 3, 4))
+    ),
+    "Unfolded transposed, unlike patches": Construction(
+        Shaped(Unfolded(Spectral(), transposed=True, patches=((0, 2), (1,))), (4, 3, 3)),
+        loose={"Hölder": "ones are largest in one patch alone; the direction itself attains it, as dual pairing shows"},
+    ),
 }
 
 _FAR = LossDraw(scale=1.0, delta=1e-3, change="gaussian", width=4, soft=True)

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from modula_agd.agd import agd
-from modula_agd.bound import source
 from modula_agd.loss import Loss, SquareLoss
 from modula_agd.majorisation import Certified, ClosedForm, ExactGrowth
 from modula_agd.method import Method, State
 from modula_agd.module import Module
-from modula_agd.run import Step
 from modula_agd.space import Space
 from modula_agd.verify.draw import ModuleDraw
 from modula_agd.verify.law import Device, Law, Measurement, side
@@ -138,7 +136,7 @@ class ExactMajorisation(ExpansionLaw):
     statement = "ΔL − ⟨∇L, Δw⟩ − model term ≤ B(a·(γ(t) − 1))"
 
     def sides(self, subject: Objective, draw: ModuleDraw, case: Case, x: Expansion) -> tuple[Tensor, Tensor]:
-        bound = case.module.propagate(source(case.magnitude), Step(draw.t, "proved"))
+        bound = case.module.bound(draw.t, magnitude=draw.magnitude, constants="proved")
         delta = side(bound.magnitude * (bound.growth - 1), x.delta)
         return x.change - x.linear - x.model, self.loss_bound(subject, case.codomain, delta)
 
@@ -150,7 +148,7 @@ class ClosedFormMajorisation(ExpansionLaw):
     statement = "ΔL − ⟨∇L, Δw⟩ − model term ≤ B(a·(exp(D̄·t) − 1))"
 
     def sides(self, subject: Objective, draw: ModuleDraw, case: Case, x: Expansion) -> tuple[Tensor, Tensor]:
-        bound = case.module.propagate(source(case.magnitude), Step(0.0, "proved"))
+        bound = case.module.bound(0.0, magnitude=draw.magnitude, constants="proved")
         delta = bound.magnitude * side(bound.ceiling * draw.t, x.delta).expm1()
         return x.change - x.linear - x.model, self.loss_bound(subject, case.codomain, delta)
 
@@ -165,7 +163,7 @@ class CertifiedMajorisation(ExpansionLaw):
         return isinstance(subject, Objective) and SecondOrder().applies(subject.network)
 
     def sides(self, subject: Objective, draw: ModuleDraw, case: Case, x: Expansion) -> tuple[Tensor, Tensor]:
-        bound = case.module.propagate(source(case.magnitude), Step(draw.t, "proved"))
+        bound = case.module.bound(draw.t, magnitude=draw.magnitude, constants="proved")
         delta = side(bound.magnitude * (bound.growth - 1), x.delta)
         return x.change - x.linear, x.residual * bound.magnitude * bound.error + self.loss_bound(
             subject, case.codomain, delta
@@ -179,7 +177,7 @@ class BoundedGradient(ExpansionLaw):
     statement = "|⟨∇L, Δw⟩| ≤ R·a·D·t"
 
     def sides(self, subject: Objective, draw: ModuleDraw, case: Case, x: Expansion) -> tuple[Tensor, Tensor]:
-        bound = case.module.propagate(source(case.magnitude), Step(0.0, "proved"))
+        bound = case.module.bound(0.0, magnitude=draw.magnitude, constants="proved")
         return x.linear.abs(), x.residual * bound.magnitude * bound.depth * draw.t
 
 

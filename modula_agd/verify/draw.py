@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modula_agd.space import Image, Sequence, Space, Tokens
-from modula_agd.space import Tuple as TupleSpace
+from modula_agd.space import Heads, Image, Mask, Sequence, Space, Tokens, Volume
 
 MATRIX_KINDS = ("orthogonal", "gaussian", "ones", "identity", "rank one", "spread", "zero")
 """Shapes of a weight or of its change, up to scale."""
@@ -20,8 +19,9 @@ MATRIX_KINDS = ("orthogonal", "gaussian", "ones", "identity", "rank one", "sprea
 STEP_KINDS = ("along", "against", *MATRIX_KINDS)
 """A change may also be a multiple of the weight itself."""
 
-INPUT_KINDS = ("gaussian", "constant", "spike", "scattered", "zero")
-"""Shapes of an input: "scattered" has one channel per position, another at each."""
+INPUT_KINDS = ("gaussian", "constant", "spike", "scattered", "lone", "corner", "zero")
+"""Shapes of an input: "scattered" has one channel per position, another at each; "lone" is 1 at the first position and −1
+elsewhere; "corner" is ±1 over the features of the first position of the first sample, and 0 elsewhere."""
 
 INPUT_STEP_KINDS = ("along", "against", "gaussian", "constant", "spike")
 
@@ -34,8 +34,8 @@ class ModuleDraw:
         seed: of everything random.
         weights: a kind for every weight.
         steps: a kind for every weight's change.
-        inputs: a kind for the input.
-        input_steps: a kind for the input's change.
+        inputs: a kind for the input; of a tuple, possibly one for each part, with bars between: "constant|lone|lone".
+        input_steps: a kind for the input's change, likewise.
         magnitude: norm of the input, > 0.
         t: relative step of an atom of mass 1, ≥ 0.
         input_step: relative change of the input, ≥ 0.
@@ -133,21 +133,36 @@ def matrix(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Ten
 
 
 def activation(kind: str, space: Space, draw: ModuleDraw, generator: torch.Generator) -> Tensor:
-    """A float64 batch in ``space`` (int64 ids in Tokens), unnormalised."""
-    if isinstance(space, TupleSpace):
-        raise TypeError("a module on a tuple is verified together with the branches that feed it")
-    positions = {Sequence: (draw.side,), Image: (draw.side, draw.side), Tokens: (draw.side,)}.get(type(space), ())
+    """A float64 batch in ``space`` (int64 ids in Tokens, booleans in Mask), unnormalised; no tuple."""
     if isinstance(space, Tokens):
-        return torch.randint(space.width, (draw.batch, *positions), generator=generator)
+        return torch.randint(space.width, (draw.batch, draw.side), generator=generator)
+    if isinstance(space, Mask):
+        mask = torch.rand((draw.batch, draw.side), generator=generator) > 0.3
+        # a fully masked row is an error, and the first position is seen by every causal row
+        return mask.index_fill(1, torch.tensor([0]), True)
+    positions = _positions(space, draw.side)
     shape = (draw.batch, space.width, *positions)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     if kind == "constant":
         x = torch.ones_like(x)
     elif kind == "zero":
         x = torch.zeros_like(x)
+    elif kind == "corner":
+        x = torch.zeros_like(x)
+        x[(0, slice(None), *[0] * len(positions))] = (-1.0) ** torch.arange(space.width, dtype=x.dtype)
+    elif kind == "lone":
+        x = -torch.ones_like(x)
+        x[..., 0] = 1.0
     elif kind in ("spike", "scattered"):
         flat = torch.zeros_like(x).flatten(2) if positions else torch.zeros_like(x)[..., None]
         index = torch.arange(flat.shape[-1]) % space.width if kind == "scattered" else torch.zeros(flat.shape[-1])
         flat.scatter_(1, index.long().expand(draw.batch, 1, -1), 1.0)
         x = flat.reshape(shape)
-    return x.movedim(1, -1) if isinstance(space, Sequence) else x
+    return x.movedim(1, -1) if space.axis == -1 else x
+
+
+def _positions(space: Space, side: int) -> tuple[int, ...]:
+    """How many positions a batch has in each dimension besides features."""
+    if isinstance(space, Heads):
+        return space.heads, side
+    return {Sequence: (side,), Image: (side,) * 2, Volume: (side,) * 3}.get(type(space), ())

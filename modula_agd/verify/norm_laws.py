@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modula_agd.kernel_norm import KernelNorm
 from modula_agd.norm import Norm, Spectral
 from modula_agd.polar import SMALLEST
 from modula_agd.verify.draw import NormDraw, generators, matrix
@@ -71,7 +72,7 @@ class DualPairing(NormLaw):
         if not _has_spectrum(norm):
             return dual, reached
         # singular values below SMALLEST of the largest may fall short by all they have: at most rank·SMALLEST of the sum
-        rank = min(g.shape[-2:]) if g.ndim == 2 else min(g.shape[:2])
+        rank = max(min(x.shape[-2:]) for x in norm.matrices(g)) if isinstance(norm, KernelNorm) else min(g.shape[-2:])
         return dual * (1 - 0.003), reached + rank * SMALLEST * dual
 
 

@@ -9,14 +9,12 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from modula_agd.atom import Bias, Conv2d, Embedding, Linear, Scale
+from modula_agd.atom import Bias, Embedding, Linear, Scale
 from modula_agd.bond import (
     GELU,
     Abs,
-    AvgPool2d,
     Identity,
     LeakyReLU,
-    MaxPool2d,
     Mean,
     Multiply,
     ReLU,
@@ -25,9 +23,11 @@ from modula_agd.bond import (
     Tanh,
     UnitBall,
 )
+from modula_agd.convolution import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from modula_agd.loss import BinaryCrossEntropy, CrossEntropy, Huber, Loss, SquareLoss
 from modula_agd.module import Module
-from modula_agd.space import Features, Image, Logits, Sequence, Space
+from modula_agd.pooling import AvgPool1d, AvgPool2d, AvgPool3d, MaxPool1d, MaxPool2d, MaxPool3d
+from modula_agd.space import Features, Image, Logits, Sequence, Space, Volume
 from modula_agd.verify.descent_laws import Objective
 from modula_agd.verify.draw import (
     INPUT_KINDS,
@@ -113,6 +113,48 @@ def linears(fan_out: Any, fan_in: Space, smooth: bool) -> st.SearchStrategy[Modu
     return st.builds(build, st.sampled_from([1.0, 0.5, 2.0]), st.booleans(), st.booleans())
 
 
+CONVOLUTIONS: dict[type[Space], tuple[Any, Any]] = {
+    Sequence: (Conv1d, ConvTranspose1d),
+    Image: (Conv2d, ConvTranspose2d),
+    Volume: (Conv3d, ConvTranspose3d),
+}
+POOLS: dict[type[Space], tuple[Any, Any]] = {
+    Sequence: (AvgPool1d, MaxPool1d),
+    Image: (AvgPool2d, MaxPool2d),
+    Volume: (AvgPool3d, MaxPool3d),
+}
+
+
+@st.composite
+def convolutions(draw: st.DrawFn, space: Space) -> Module:
+    """A convolution from a space to itself that keeps every side: stride 1, an odd kernel padded by half of it."""
+    kind = draw(st.sampled_from(CONVOLUTIONS[type(space)]))
+    side, dilation = draw(st.sampled_from([(1, 1), (3, 1), (3, 2)]))
+    return kind(
+        space.width,
+        space.width,
+        side,
+        padding=dilation * (side // 2),
+        dilation=dilation,
+        groups=draw(st.sampled_from([n for n in range(1, space.width + 1) if space.width % n == 0])),
+        geometry=draw(st.sampled_from(["taps", "patch"])),
+    )
+
+
+@st.composite
+def resampling(draw: st.DrawFn, space: Space, smooth: bool = False) -> Module:
+    """Pooling, or a strided convolution, that takes positions of side 2 and more to side 1 and more."""
+    convolution, transposed = CONVOLUTIONS[type(space)]
+    average, maximum = POOLS[type(space)]
+    what = draw(st.sampled_from(["average", "convolution", "transposed", *([] if smooth else ["maximum"])]))
+    if what in ("average", "maximum"):
+        return (average if what == "average" else maximum)(2).bind(space)
+    side, padding = draw(st.sampled_from([(2, 0), (3, 1), (4, 2)]))
+    kind = convolution if what == "convolution" else transposed
+    geometry = draw(st.sampled_from(["taps", "patch"]))
+    return kind(space.width, space.width, side, stride=2, padding=padding, geometry=geometry)
+
+
 def _bonds(space: Space, smooth: bool) -> st.SearchStrategy[Module]:
     kinds = SMOOTH if smooth else SMOOTH + KINKED
     return st.sampled_from([kind for kind in kinds if not (kind is UnitBall and space.max_norm)]).map(
@@ -122,18 +164,15 @@ def _bonds(space: Space, smooth: bool) -> st.SearchStrategy[Module]:
 
 @st.composite
 def same_space_modules(draw: st.DrawFn, space: Space, size: int, smooth: bool = False) -> Module:
-    """A module from a space (Features, Sequence or Image) to itself, of at most about ``size`` layers."""
+    """A module from a space (Features, Sequence, Image or Volume) to itself, of at most about ``size`` layers."""
     if size <= 1:
-        if isinstance(space, Image):
-            layer: Module = Conv2d(space.width, space.width, draw(st.sampled_from([1, 3])), padding=0)
-            layer = (
-                Conv2d(space.width, space.width, 3, padding=1)
-                if draw(st.booleans())
-                else Conv2d(space.width, space.width, 1)
-            )
-        else:
-            layer = draw(linears(space, space, smooth))
-        return layer if draw(st.booleans()) else draw(_bonds(space, smooth))
+        kinds = ["bond"]
+        kinds += ["linear"] if isinstance(space, Features | Sequence) else []
+        kinds += ["convolution"] if type(space) in CONVOLUTIONS else []
+        what = draw(st.sampled_from(kinds))
+        if what == "bond":
+            return draw(_bonds(space, smooth))
+        return draw(linears(space, space, smooth) if what == "linear" else convolutions(space))
     shape = draw(st.sampled_from(["compose", "sum", "scaled", "power", "product"]))
     part = same_space_modules(space, size // 2, smooth)
     if shape == "compose":
@@ -149,28 +188,22 @@ def same_space_modules(draw: st.DrawFn, space: Space, size: int, smooth: bool = 
 
 @st.composite
 def networks(draw: st.DrawFn, size: int = 6, smooth: bool = False) -> Module:
-    """A whole network, [batch, ...] to [batch, outputs]: a stem from features, an image, a sequence or tokens; a trunk; a head.
+    """A whole network, [batch, ...] to [batch, outputs]: a stem from features, positions or tokens; a trunk; a head.
 
     Args:
         size: about how many layers.
         smooth: whether only modules with a second-order bound are drawn.
     """
     width, outputs = draw(WIDTHS), draw(st.integers(1, 4))
-    stem = draw(st.sampled_from(["features", "image", "sequence", "tokens"]))
+    stem = draw(st.sampled_from(["features", "image", "volume", "sequence", "tokens"]))
     head: Space = draw(st.sampled_from([Features(outputs), Logits(outputs)]))
     if stem == "features":
         space: Space = Features(width)
         return draw(linears(head, space, smooth)) @ draw(same_space_modules(space, size, smooth))
-    if stem == "image":
-        space = Image(width)
-        trunk: Module = draw(same_space_modules(space, size, smooth))
-        if not smooth and draw(st.booleans()):
-            trunk = MaxPool2d(2) @ trunk
-        elif draw(st.booleans()):
-            trunk = AvgPool2d(2) @ trunk
-        return draw(linears(head, Features(width), smooth)) @ Mean() @ trunk
-    space = Sequence(width)
-    trunk = draw(same_space_modules(space, size, smooth))
+    space = {"image": Image, "volume": Volume}.get(stem, Sequence)(width)
+    trunk: Module = draw(same_space_modules(space, size, smooth))
+    if draw(st.booleans()):
+        trunk = draw(resampling(space, smooth)) @ trunk
     if stem == "tokens":
         trunk = trunk @ Embedding(width, draw(st.integers(1, 4)))
     return draw(linears(head, Features(width), smooth)) @ Mean() @ trunk

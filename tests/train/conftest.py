@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from pictures import Cell, cell, grey
+from pictures import Cell, cell, colour, grey
 
 Write = Callable[..., Path]
 
@@ -49,4 +49,12 @@ def tiny(write: Write) -> Path:
     for split, rows, seed in (("train", 40, 0), ("test", 20, 1)):
         images = grey(rows, seed)
         folder = write(split, [cell(image) for image in images], [row % 10 for row in range(rows)]).parent
+    return folder
+
+
+@pytest.fixture
+def tiny_colour(write: Write) -> Path:
+    """Likewise 8×8 in colour, in the layout of CIFAR-10."""
+    for split, rows, seed in (("train", 40, 0), ("test", 20, 1)):
+        folder = write(split, [cell(image) for image in colour(rows, seed)], [row % 10 for row in range(rows)]).parent
     return folder

@@ -21,3 +21,7 @@ def cell(pixels: numpy.ndarray) -> Cell:
 
 def grey(rows: int, seed: int = 0, side: int = 6) -> numpy.ndarray:
     return numpy.random.default_rng(seed).integers(0, 256, (rows, side, side), dtype=numpy.uint8)
+
+
+def colour(rows: int, seed: int = 0, side: int = 8) -> numpy.ndarray:
+    return numpy.random.default_rng(seed).integers(0, 256, (rows, side, side, 3), dtype=numpy.uint8)

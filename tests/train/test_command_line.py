@@ -3,28 +3,17 @@
 import json
 import sys
 
+import PIL.Image
 import pytest
 import torch
 
-from modula_agd import METHODS, __version__
+from modula_agd import METHODS, Method, __version__
 from modula_agd.command_line import main
-from modula_agd.train import command_line, extras, load
+from modula_agd.train import command_line, extras, load, restore
+from pictures import colour
+from shell import failure
 
 TINY = ["train", "--data", "digits", "--width", "16", "--depth", "2", "--quiet"]
-
-
-def failure(capsys, *arguments: str) -> str:
-    """Run the command, which must fail as a user's mistake; what it said."""
-    try:
-        status = main(arguments)
-    except SystemExit as exit:
-        status = exit.code
-    output = capsys.readouterr()
-    assert status == 2
-    assert output.err.startswith("error: ")
-    assert "Traceback" not in output.err
-    assert len(output.err.splitlines()) == 1
-    return output.err
 
 
 def test_a_run_leaves_its_folder(tmp_path, capsys):
@@ -37,10 +26,13 @@ def test_a_run_leaves_its_folder(tmp_path, capsys):
     assert {file.name for file in out.iterdir()} == {"log.jsonl", "checkpoint.safetensors", "config.json", "plot.png"}
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 10, 20, 30]
+    assert restore(out).step == 30
     wanted = {"step", "epoch", "train_loss", "val_loss", "val_accuracy", "eta", "seconds", "relative_update"}
     assert wanted <= set(lines[-1])
     config = json.loads((out / "config.json").read_text())
     assert config["width"] == 16
+    assert config["depth"] == 2
+    assert config["bias"] is False
     assert config["steps"] == 30
     assert config["epochs"] is None
     assert config["versions"] == {
@@ -107,10 +99,10 @@ def test_an_interrupt_leaves_a_run_folder_and_status_130(tmp_path, monkeypatch, 
 
 
 def test_an_interrupt_while_loading_is_quiet(monkeypatch, capsys):
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command_line, "classification", interrupted)
+    monkeypatch.setattr(command_line, "task", interrupted)
     assert main(TINY) == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -121,8 +113,13 @@ def test_an_interrupt_while_loading_is_quiet(monkeypatch, capsys):
         ([], "required"),
         (["bake"], "bake"),
         (["train"], "--data"),
-        (["train", "--data", "imagenet"], "'imagenet' is not one of digits, mnist, cifar10, shakespeare and hub:NAME"),
+        (
+            ["train", "--data", "imagenette"],
+            "there is no data set 'imagenette'; choose one of digits, mnist, cifar10, ",
+        ),
         (["train", "--data", "hub:"], "hub:NAME"),
+        (["train", "--data", "text:"], "text:FILE"),
+        (["train", "--data", "imagenet", "--arch", "resnet50"], "no folder was given"),
         ([*TINY, "--depth", "0"], "argument --depth: '0' is not an integer of at least 1"),
         ([*TINY, "--width", "-3"], "argument --width"),
         ([*TINY, "--width", "1.5"], "argument --width"),
@@ -132,12 +129,22 @@ def test_an_interrupt_while_loading_is_quiet(monkeypatch, capsys):
         ([*TINY, "--batch-size", "0"], "argument --batch-size"),
         ([*TINY, "--seed", "-1"], "argument --seed"),
         ([*TINY, "--loss", "hinge"], "cross-entropy"),
-        ([*TINY, "--arch", "gpt"], "fcn"),
+        ([*TINY, "--arch", "lstm"], "fcn"),
+        ([*TINY, "--arch", "gpt"], "the architecture gpt takes text, but digits is images. Choose fcn or "),
+        (["train", "--data", "shakespeare"], "the architecture fcn takes images, but shakespeare is text. Choose gpt"),
+        ([*TINY, "--heads", "2"], "the option heads was given for the architecture fcn"),
+        ([*TINY, "--affine"], "the option affine was given for the architecture fcn"),
+        ([*TINY, "--dropout", "1"], "argument --dropout: '1' is not a number from 0 to below 1"),
+        ([*TINY, "--context", "8"], "the option context was given for the data digits"),
+        ([*TINY, "--workers", "0"], "the option workers was given for the data digits"),
+        (["train", "--data", "imagenet", "--arch", "cnn", "--augment"], "imagenet is always augmented"),
+        (["train", "--data", "text:nowhere.txt", "--arch", "gpt"], "there is no text file nowhere.txt"),
+        (["train", "--data", "digits", "--arch", "vgg16"], "needs images of at least 32×32 pixels"),
         ([*TINY, "--method", "adam"], "exact"),
         ([*TINY, "--lr", "0.1"], "--lr"),
         ([*TINY, "--device", "abacus"], "the device 'abacus' cannot be used"),
-        ([*TINY, "--method", "certified"], "ReLU"),
-        (["train", "--data", "shakespeare"], "needs the small transformer, which arrives in a later version"),
+        ([*TINY, "--method", "certified"], "--method certified cannot train --arch fcn"),
+        ([*TINY, "--method", "certified"], "Choose --arch linear"),
         (["train", "--data", "mnist"], "--data-dir"),
         (["train", "--data", "mnist", "--data-dir", "nowhere"], "nowhere is not a folder"),
     ],
@@ -157,7 +164,79 @@ def test_an_out_that_cannot_be_a_folder_is_a_mistake(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("")
     assert "is a file" in failure(capsys, *TINY, "--steps", "1", "--out", str(file))
-    assert str(file) in failure(capsys, *TINY, "--steps", "1", "--out", str(file / "below"))
+    missing = ["train", "--data", "mnist", "--data-dir", str(tmp_path / "nowhere"), "--out", str(file / "below" / "it")]
+    assert f"cannot be made, as {file} is a file" in failure(capsys, *missing)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore text."), "smaller --batch-size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "smaller --batch-size"),
+        (MemoryError(), "training ended early: MemoryError. Take a smaller --batch-size"),
+        (
+            RuntimeError("no kernel image is available\nfor this device"),
+            "no kernel image is available. Try --device cpu",
+        ),
+    ],
+)
+def test_what_the_machine_cannot_do_is_one_line_and_keeps_the_run(tmp_path, monkeypatch, capsys, error, said):
+    update, calls = Method.update, []
+
+    def exhausted(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 5:
+            raise error
+        return update(self, *arguments, **options)
+
+    monkeypatch.setattr(Method, "update", exhausted)
+    out = tmp_path / "run"
+    told = failure(capsys, *TINY, "--steps", "9", "--eval-every", "3", "--out", str(out))
+    assert said in told
+    assert f"What there is lies in {out}" in told
+    assert restore(out).step == 3
+    assert len((out / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_network_that_does_not_fit_into_memory_is_one_line(tmp_path, capsys):
+    huge = ["train", "--data", "digits", "--width", str(2**40), "--depth", "1", "--arch", "resmlp", "--quiet"]
+    assert "smaller --batch-size or --width" in failure(capsys, *huge, "--out", str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("arch", ["cnn", "vit", "rescnn"])
+def test_images_train_with_augmentation(tiny_colour, tmp_path, capsys, arch):
+    out = tmp_path / "run"
+    arguments = ["train", "--data", "cifar10", "--data-dir", str(tiny_colour), "--arch", arch, "--augment", "--quiet"]
+    sizes = ["--width", "8", "--depth", "1", *(["--heads", "2"] if arch == "vit" else [])]
+    assert main([*arguments, *sizes, "--steps", "2", "--batch-size", "8", "--out", str(out)]) == 0
+    assert "samples of 3×8×8, 10 classes; 2 steps of 8" in capsys.readouterr().out
+    assert restore(out).recipe.arch == arch
+
+
+def test_image_files_train(tmp_path, capsys):
+    for split in ("train", "val"):
+        for label in ("ant", "bee"):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for row in range(3):
+                PIL.Image.fromarray(colour(1, row, 12)[0]).save(folder / f"{row}.jpeg")
+    arguments = ["train", "--data", "imagenet", "--data-dir", str(tmp_path / "data"), "--arch", "cnn", "--width", "2"]
+    arguments += ["--steps", "2", "--batch-size", "2", "--workers", "1", "--quiet", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    assert "validation accuracy" in (said := capsys.readouterr().out)
+    assert "6 training and 6 held-out samples of 3×224×224, 2 classes, read by 1 processes" in said
+
+
+def test_text_trains(tmp_path, capsys):
+    (tmp_path / "input.txt").write_text("the quick brown fox\n" * 30)
+    arguments = ["train", "--data", "shakespeare", "--data-dir", str(tmp_path), "--arch", "gpt", "--context", "8"]
+    arguments += ["--depth", "1", "--width", "8", "--heads", "2", "--dropout", "0.1", "--bias", "--affine"]
+    assert main([*arguments, "--steps", "3", "--batch-size", "4", "--quiet", "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "540 training and 60 held-out characters, 17 distinct, in windows of 8; 3 steps of 4 on cpu" in said
+    assert "validation accuracy of the next character" in said
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["context"], config["form"], config["dropout"]) == (8, "convex", 0.1)
 
 
 def test_a_missing_extra_is_named_with_the_remedy(monkeypatch, capsys):
@@ -169,11 +248,18 @@ def test_a_missing_extra_is_named_with_the_remedy(monkeypatch, capsys):
 
 
 def test_help_and_version(capsys):
-    for arguments, said in ((["--version"], __version__), (["--help"], "train"), (["train", "--help"], "--data-dir")):
+    for arguments, said in (
+        (["--version"], __version__),
+        (["--help"], "train"),
+        (["train", "--help"], "--data-dir"),
+        (["train", "--help"], "agd: AGD exactly as published"),
+        (["train", "--help"], "digits and letters must not be mirrored"),
+        (["sample", "--help"], "--temperature"),
+    ):
         with pytest.raises(SystemExit) as exit:
             main(arguments)
         assert exit.value.code == 0
-        output = capsys.readouterr().out
+        output = " ".join(capsys.readouterr().out.split())
         assert said in output
         assert "learning-rate" not in output
 

@@ -1,16 +1,24 @@
-"""Data sets: standardised to RMS norm 1, split alike every time, and batches that cover an epoch."""
+"""Data sets in memory: standardised per channel, split alike every time, and batches that cover an epoch."""
 
+import datasets
 import pytest
 import torch
 
 from modula_agd import InvalidArgument
 from modula_agd.train import DataError, classification
-from modula_agd.train.data import batches, batches_per_epoch, standardise
+from modula_agd.train.data import batches, batches_per_epoch
+from modula_agd.train.facts import measured, unit
 from pictures import cell, grey
 
 
-def rms(rows: torch.Tensor) -> torch.Tensor:
-    return rows.square().mean(1).sqrt()
+def rms(images: torch.Tensor) -> torch.Tensor:
+    return images.flatten(1).square().mean(1).sqrt()
+
+
+def assert_standardised(images: torch.Tensor) -> None:
+    deviation, mean = torch.std_mean(images, dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-4, rtol=0)
+    torch.testing.assert_close(deviation, torch.ones_like(deviation), atol=1e-4, rtol=0)
 
 
 def test_digits_are_split_four_to_one_and_alike_every_time():
@@ -19,8 +27,8 @@ def test_digits_are_split_four_to_one_and_alike_every_time():
     assert first.shape == (1, 8, 8)
     assert first.classes == 10
     assert torch.equal(first.train.inputs, second.train.inputs)
-    torch.testing.assert_close(rms(first.train.inputs), torch.ones(1437))
-    torch.testing.assert_close(rms(first.validation.inputs), torch.ones(360))
+    assert first.train.inputs.shape == (1437, 1, 8, 8)
+    assert_standardised(first.train.inputs)
 
 
 def test_standardising_uses_the_training_channels_only():
@@ -28,18 +36,26 @@ def test_standardising_uses_the_training_channels_only():
     scale = torch.tensor([1.0, 5.0]).view(1, 2, 1, 1)
     train = torch.randn((200, 2, 3, 3), generator=generator) * scale + 7
     held_out = train[:10] + 100
-    rows, others = standardise(train, held_out)
+    facts = measured("noise", 3, train)
     deviation, mean = torch.std_mean(train, dim=(0, 2, 3), correction=0, keepdim=True)
-    expected = ((train - mean) / deviation).flatten(1)
-    torch.testing.assert_close(rows, expected / rms(expected)[:, None])
-    expected = ((held_out - mean) / deviation).flatten(1)
-    torch.testing.assert_close(others, expected / rms(expected)[:, None])
+    torch.testing.assert_close(facts.standardised(train), (train - mean) / deviation)
+    torch.testing.assert_close(facts.standardised(held_out), (held_out - mean) / deviation)
+    assert facts.features == 18
 
 
-def test_a_constant_channel_and_an_image_at_the_mean_stay_zero():
+def test_a_constant_channel_is_only_centred():
     images = torch.full((3, 1, 2, 2), 9, dtype=torch.uint8)
-    rows, _ = standardise(images, images)
-    assert torch.equal(rows, torch.zeros(3, 4))
+    assert torch.equal(measured("grey", 2, images).standardised(images), torch.zeros(3, 1, 2, 2))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_unit_image_has_rms_1_over_all_entries_and_a_zero_one_stays_zero(flat):
+    images = torch.randn((4, 3, 5, 6), generator=torch.Generator().manual_seed(0)) * 3
+    images[2] = 0
+    scaled = unit(images, flat=flat)
+    assert scaled.shape == ((4, 90) if flat else (4, 3, 5, 6))
+    torch.testing.assert_close(rms(scaled), torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    torch.testing.assert_close(scaled.flatten(1)[0] * rms(images)[0], images.flatten(1)[0])
 
 
 def test_files_are_found_in_the_folder_and_in_the_one_below(tiny, tmp_path):
@@ -58,6 +74,18 @@ def test_a_hub_name_is_a_data_set_too(tiny):
     assert len(data.validation.labels) == 20
 
 
+@pytest.mark.parametrize("other", ["label", "coarse_label"])
+def test_cifar100_has_100_classes_by_its_fine_labels(tmp_path, other):
+    images = [cell(image) for image in grey(4)]
+    for split in ("train", "test"):
+        columns = {"img": images, "fine_label": [99, 3, 50, 0]}
+        columns = columns if other == "label" else columns | {"coarse_label": [1, 0, 1, 0]}
+        datasets.Dataset.from_dict(columns).to_parquet(tmp_path / f"{split}.parquet")
+    data = classification("cifar100", tmp_path)
+    assert data.classes == 100
+    assert data.train.labels.tolist() == [99, 3, 50, 0]
+
+
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(DataError, match=r"no folder was given\. Name it with --data-dir"):
         classification("mnist")
@@ -65,8 +93,8 @@ def test_what_is_missing_is_said(tmp_path):
         classification("mnist", tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"needs train\.parquet, but neither"):
         classification("mnist", tmp_path)
-    with pytest.raises(InvalidArgument, match="there is no data set 'imagenet'"):
-        classification("imagenet", tmp_path)
+    with pytest.raises(InvalidArgument, match="there is no data set 'imagenette'"):
+        classification("imagenette", tmp_path)
 
 
 def test_a_label_beyond_the_classes_is_named_with_file_and_row(tiny, write):
@@ -108,4 +136,4 @@ def test_real_files_load(data_dir, name, shape):
     data = classification(name, data_dir)
     assert data.shape == shape
     assert len(data.validation.labels) == 10000
-    torch.testing.assert_close(rms(data.train.inputs), torch.ones(len(data.train.labels)))
+    assert_standardised(data.train.inputs)

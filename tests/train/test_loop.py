@@ -8,18 +8,40 @@ import pytest
 import torch
 
 from modula_agd import METHODS, MLP, CrossEntropy, InvalidArgument, Method, NonFiniteGradient, SquareLoss
-from modula_agd.train import Classification, Examples, RunFolder, Schedule, build, load, train
-from modula_agd.train.loop import evaluation
+from modula_agd.train import (
+    LOSSES,
+    Characters,
+    Classification,
+    Examples,
+    ImageFacts,
+    ImageTask,
+    RunFolder,
+    Schedule,
+    TextTask,
+    Vocabulary,
+    build,
+    load,
+    train,
+)
+from modula_agd.train.loop import _Trainer
 
 
-def blobs(count: int = 60, features: int = 6, classes: int = 3) -> Classification:
+def blobs(
+    count: int = 60, shape: tuple[int, int, int] = (1, 1, 6), classes: int = 3, *, flat: bool = True
+) -> ImageTask:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(count) % classes
-    inputs = torch.randn((classes, features), generator=generator)[labels]
-    inputs = inputs + 0.1 * torch.randn((count, features), generator=generator)
-    inputs = inputs / inputs.square().mean(1, keepdim=True).sqrt()
-    examples = Examples(inputs, labels)
-    return Classification("blobs", classes, (1, 1, features), examples, Examples(inputs[:12], labels[:12]))
+    images = torch.randn((classes, *shape), generator=generator)[labels]
+    images = images + 0.1 * torch.randn((count, *shape), generator=generator)
+    images = images / images.square().mean((1, 2, 3), keepdim=True).sqrt()
+    facts = ImageFacts("blobs", classes, shape, (0.0,) * shape[0], (1.0,) * shape[0])
+    data = Classification(facts, Examples(images, labels), Examples(images[:12], labels[:12]))
+    return ImageTask(data, flat)
+
+
+def verse(context: int = 8) -> TextTask:
+    ids = torch.arange(400) % 5
+    return TextTask(Characters("verse", Vocabulary("abcde"), ids[:360], ids[360:]), context)
 
 
 def method(name: str = "agd") -> Method:
@@ -47,13 +69,14 @@ def test_training_learns_and_logs_each_evaluation(tmp_path):
 
 
 def test_the_log_agrees_with_a_plain_loop():
-    data, schedule = blobs(), Schedule(steps=3, batch_size=60, eval_every=3, seed=0)
-    outcome = train(method(), data, schedule)
+    task, schedule = blobs(), Schedule(steps=3, batch_size=60, eval_every=3, seed=0)
+    outcome = train(method(), task, schedule)
+    inputs, labels = task.data.train.inputs.flatten(1), task.data.train.labels
     plain = method()
     params = plain.network.init(0)
     state, losses, ratios = plain.init(params), [], {}
     for _ in range(3):
-        grads, value = torch.func.grad_and_value(plain.objective)(params, *data.train)
+        grads, value = torch.func.grad_and_value(plain.objective)(params, inputs, labels)
         losses.append(value.item())
         updates, state = plain.update(grads, state, params)
         ratios = {name: (updates[name].norm() / params[name].norm()).item() for name in params}
@@ -71,20 +94,61 @@ def test_equal_seeds_give_equal_runs_and_others_differ():
     assert runs[0].history[-1].val_loss != runs[2].history[-1].val_loss
 
 
-def test_evaluation_in_batches_is_the_mean_over_all(monkeypatch):
-    data, way = blobs(), method()
-    params = way.network.init(0)
-    whole = evaluation(way, params, data.train, data.train.labels)
-    monkeypatch.setattr("modula_agd.train.loop._EVALUATION_BATCH", 7)
-    assert evaluation(way, params, data.train, data.train.labels) == pytest.approx(whole, rel=1e-6)
-    assert whole[0] == pytest.approx(way.objective(params, *data.train).item(), rel=1e-6)
+def test_evaluation_in_batches_is_the_mean_over_all():
+    task, way = blobs(), method()
+    trainer = _Trainer(way, task, 0)
+    point = trainer.start(0)
+    whole = trainer.evaluated(point, 100)
+    assert trainer.evaluated(point, 5) == pytest.approx(whole, rel=1e-6)
+    inputs, labels = task.data.validation
+    assert whole[0] == pytest.approx(way.objective(point.params, inputs.flatten(1), labels).item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["agd", "closed-form", "exact", "certified"])
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains(name):
-    network = build("linear", outputs=3, width=8, inputs=6, depth=2)
+    network = build("linear", blobs().facts, logits=False, width=8, depth=2)
     outcome = train(METHODS[name](network, SquareLoss()), blobs(), Schedule(30, 60, 30, 0))
     assert outcome.history[-1].val_loss < outcome.history[0].val_loss
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_text_trains_with_every_loss(loss):
+    task = verse()
+    network = build("gpt", task.facts, width=8, depth=1, heads=2)
+    outcome = train(METHODS["exact"](network, LOSSES[loss]), task, Schedule(30, 16, 30, 0))
+    first, last = outcome.history
+    assert last.val_loss < 0.7 * first.val_loss
+    assert last.val_accuracy > 0.9 > first.val_accuracy
+
+
+def test_running_statistics_are_renewed_kept_and_used(tmp_path):
+    run, task = folder(tmp_path), blobs(shape=(1, 8, 8), flat=False)
+    network = build("cnn", task.facts, width=4)
+    assert network.buffers()
+    outcome = train(METHODS["agd"](network, CrossEntropy()), task, Schedule(20, 30, 20, 0), run)
+    start, saved = network.buffers(), load(run.checkpoint)
+    assert outcome.buffers.keys() == start.keys() == saved.buffers.keys()
+    assert all(not torch.equal(value, start[name]) for name, value in outcome.buffers.items())
+    assert all(torch.equal(value, saved.buffers[name]) for name, value in outcome.buffers.items())
+    assert not any(value.requires_grad for value in outcome.buffers.values())
+    (batch,) = task.evaluation(100)
+    expected = CrossEntropy()(network(outcome.params, batch.inputs, outcome.buffers), batch.labels)
+    assert outcome.history[-1].val_loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_dropout_draws_from_the_seed_alone_and_not_in_evaluation():
+    task = verse()
+    network = build("gpt", task.facts, width=8, depth=1, heads=2, dropout=0.3)
+    runs = []
+    for seed in (1, 1, 2):
+        torch.rand(1)
+        runs.append(train(METHODS["exact"](network, CrossEntropy()), task, Schedule(5, 16, 5, seed)))
+    assert all(torch.equal(runs[0].params[name], runs[1].params[name]) for name in runs[0].params)
+    assert runs[0].history[-1].val_loss == runs[1].history[-1].val_loss != runs[2].history[-1].val_loss
+    plain = build("gpt", task.facts, width=8, depth=1, heads=2)
+    without = train(METHODS["exact"](plain, CrossEntropy()), task, Schedule(5, 16, 5, 1))
+    assert without.history[-1].train_loss != runs[0].history[-1].train_loss
+    assert without.history[0].val_loss == pytest.approx(runs[0].history[0].val_loss)
 
 
 def test_an_interrupt_keeps_the_last_step(tmp_path, monkeypatch):
@@ -108,10 +172,10 @@ def test_an_interrupt_keeps_the_last_step(tmp_path, monkeypatch):
 
 
 def test_a_non_finite_input_is_an_error_and_the_log_stays_valid(tmp_path):
-    run, data = folder(tmp_path), blobs()
-    data.train.inputs[0, 0] = math.nan
+    run, task = folder(tmp_path), blobs()
+    task.data.train.inputs[0, 0] = math.nan
     with pytest.raises(NonFiniteGradient):
-        train(method(), data, Schedule(20, 60, 3, 0), run)
+        train(method(), task, Schedule(20, 60, 3, 0), run)
     assert [json.loads(line)["step"] for line in run.log.read_text().splitlines()] == [0]
 
 

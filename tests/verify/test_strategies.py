@@ -5,7 +5,8 @@ import torch
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
-from modula_agd import Features, Image, Multiply, Sequence
+from modula_agd import Features, Image, Multiply, Sequence, Volume
+from modula_agd.convolution import Conv1d, Conv2d, ConvTranspose2d, ConvTranspose3d
 from modula_agd.module import Compose, Scaled, Sum
 from modula_agd.verify.draw import INPUT_KINDS, MATRIX_KINDS, ModuleDraw, activation, generators, matrix
 from modula_agd.verify.strategies import loss_draws, module_draws, networks, norm_draws, objectives
@@ -46,12 +47,12 @@ def test_kernels_are_stacks_of_matrices():
 
 
 @pytest.mark.parametrize("kind", INPUT_KINDS)
-@pytest.mark.parametrize("space", [Features(3), Sequence(3), Image(3)], ids=repr)
+@pytest.mark.parametrize("space", [Features(3), Sequence(3), Image(3), Volume(3)], ids=repr)
 def test_activations_fit_their_space(kind, space):
     x = activation(kind, space, ModuleDraw(), next(generators(0)))
     assert space.fits(x)
     if kind == "scattered" and not isinstance(space, Features):
-        features = x.movedim(1, -1) if isinstance(space, Image) else x
+        features = x.movedim(1, -1) if isinstance(space, Image | Volume) else x
         assert ((features != 0).sum(-1) == 1).all()
         assert (features.flatten(1, -2).sum(1) > 0).all()  # every channel somewhere
 
@@ -90,9 +91,22 @@ def test_networks_contain_every_construction(kind):
     assert any(isinstance(part, kind) for part in _parts(network))
 
 
-@pytest.mark.parametrize("stem", ["Tokens", "Sequence", "Image", "Features"])
+@pytest.mark.parametrize("stem", ["Tokens", "Sequence", "Image", "Volume", "Features"])
 def test_networks_start_from_every_space(stem):
     assert type(find(networks(), lambda n: type(n.domain).__name__ == stem, settings=FINDING).domain).__name__ == stem
+
+
+@pytest.mark.parametrize("kind", [Conv1d, Conv2d, ConvTranspose2d, ConvTranspose3d])
+@pytest.mark.parametrize(
+    "option",
+    [lambda c: c.geometry == "patch", lambda c: c.groups > 1, lambda c: c.dilation > 1, lambda c: c.stride > 1],
+    ids=["patch", "grouped", "dilated", "strided"],
+)
+def test_networks_contain_every_kind_of_convolution(kind, option):
+    def has(network):
+        return any(isinstance(part, kind) and option(part) for part in _parts(network))
+
+    assert has(find(networks(), has, settings=FINDING))
 
 
 @QUICK

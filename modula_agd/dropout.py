@@ -1,0 +1,82 @@
+"""Dropout with an explicit source of randomness."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from modula_agd.bound import Gain
+from modula_agd.error import InvalidArgument, SpaceMismatch
+from modula_agd.layer import Bond, applied
+from modula_agd.run import EVALUATION, Parameters, Run
+from modula_agd.space import Mask, Space, Tokens, finite
+
+
+@dataclass(frozen=True)
+class Dropout(Bond):
+    """Each entry zeroed with probability p in training, the others divided by 1 − p; nothing in evaluation.
+
+    Its bound is about one mask, the same before and after a step: then it is linear.
+
+    Args:
+        probability: p, 0 ≤ p < 1.
+    """
+
+    probability: float
+    at_zero: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        if not (finite(self.probability) and 0 <= self.probability < 1):
+            raise InvalidArgument(
+                f"Dropout was given the probability {self.probability!r}, which must be at least 0 and below 1"
+            )
+
+    @property
+    def gain(self) -> Gain:
+        kept = 1 - self.probability
+        if kept == 1:
+            return Gain.exact(1.0, "nothing is dropped", "any")
+        return Gain.of(
+            1 / kept,
+            1 / math.sqrt(kept),
+            source="what is kept is divided by 1 − p",
+            witness="nothing dropped by chance",
+            mean_field="a share 1 − p of the square is kept, divided by (1 − p)²",
+        )
+
+    @property
+    def curvature(self) -> float | None:
+        return 0.0
+
+    def codomain_of(self, domain: Space) -> Space:
+        if isinstance(domain, Tokens | Mask):
+            raise SpaceMismatch(
+                f"{self!r} drops numbers, but the module before it gives {domain}. Put it after the Embedding."
+            )
+        return super().codomain_of(domain)
+
+    def domain_of(self, codomain: Space) -> Space | None:
+        return codomain
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+    def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Any:
+        if not run.training or self.probability == 0:
+            return x
+        if run.generator is None:
+            raise InvalidArgument(
+                f"{self!r} was trained without a source of randomness. Pass a torch.Generator on the batch's device: "
+                "method.objective(params, inputs, targets, generator), network.run(params, inputs, generator=generator), "
+                "model.generator = generator."
+            )
+        return applied(self, lambda: self._dropped(x, run.generator), x)
+
+    def _dropped(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.probability
+        return x * kept / (1 - self.probability)
+
+    def __repr__(self) -> str:
+        return f"Dropout({self.probability:g})"

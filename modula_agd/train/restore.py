@@ -1,0 +1,76 @@
+"""A trained network from its run folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modula_agd import Module
+from modula_agd.train.checkpoint import CheckpointError, load
+from modula_agd.train.recipe import KEY, Recipe, recipe
+from modula_agd.train.run_folder import RunFolder
+
+
+class Restored(NamedTuple):
+    """A trained network: ``network(params, recipe.inputs(images), buffers)`` gives its outputs.
+
+    Args:
+        network: built anew from the recipe.
+        params: its weights by name.
+        buffers: its running statistics by name; ``{}`` for most networks.
+        recipe: what it was built from, and what the data are.
+        state: the optimizer's state by name of its fields.
+        step: updates made.
+    """
+
+    network: Module
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    recipe: Recipe
+    state: dict[str, Tensor]
+    step: int
+
+
+def restore(run: Path | str, device: torch.device | str = "cpu") -> Restored:
+    """Rebuild the network of a run as of its last checkpoint.
+
+    Args:
+        run: a folder that ``modula-agd train`` has written.
+        device: where tensors shall live.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it tells of no architecture, or its weights are not that architecture's.
+    """
+    path = RunFolder(Path(run)).checkpoint
+    saved = load(path)
+    if KEY not in saved.metadata:
+        raise CheckpointError(
+            f"{path} does not say which network it belongs to. Pass recipe=... to train, or use load and a network of your own."
+        )
+    written = recipe(saved.metadata[KEY])
+    network = written.network()
+    for what, declared, found in (
+        ("weights", {name: tuple(atom.shape) for name, atom in network.atoms()}, saved.params),
+        ("running statistics", {name: tuple(value.shape) for name, value in network.buffers().items()}, saved.buffers),
+    ):
+        shapes = {name: tuple(value.shape) for name, value in found.items()}
+        odd = sorted(name for name in declared.keys() | shapes.keys() if declared.get(name) != shapes.get(name))
+        if odd:
+            raise CheckpointError(
+                f"{path} holds other {what} than the {written.arch} that it tells of: {odd[0]} has shape {shapes.get(odd[0])} "
+                f"there, {declared.get(odd[0])} here. It was written by another version; train again with this one."
+            )
+    return Restored(
+        network,
+        _to(saved.params, device),
+        _to(saved.buffers, device),
+        written,
+        _to(saved.state, device),
+        int(saved.metadata["step"]),
+    )
+
+
+def _to(tensors: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in tensors.items()}

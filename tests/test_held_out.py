@@ -1,0 +1,202 @@
+"""The held-out rule: directions from past gradients, descent measured by the fresh one."""
+
+import math
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from modula_agd import (
+    AGD,
+    METHODS,
+    Certified,
+    CrossEntropy,
+    Embedding,
+    ExactGrowth,
+    InvalidArgument,
+    Linear,
+    Logits,
+    Method,
+    Sequence,
+    SquareLoss,
+    Tanh,
+    agd,
+)
+
+NET = Linear(3, 6) @ Tanh() @ Linear(6, 4)
+BETA = 0.8
+
+
+def batch(seed: int, samples: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    return draw(samples, 4), draw(samples, 3)
+
+
+def gradients(method: Method, params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    return torch.func.grad(method.objective)(params, inputs, targets)
+
+
+def test_thirty_steps_equal_a_slow_reference() -> None:
+    """Written from the formulas alone: dense directions, a list of all past gradients, the sum that an EMA stands for."""
+    method = agd(NET, SquareLoss(), momentum=BETA)
+    params = NET.init(0, dtype=torch.float64)
+    mine, state = dict(params), method.init(params)
+    past: list[dict[str, Tensor]] = []
+    measured: list[float] = []
+    for step in range(30):
+        grads = gradients(method, params, *batch(step))
+        if past:
+            weights = [BETA ** (len(past) - 1 - i) * (1 - BETA if i else 1.0) for i in range(len(past))]
+            momentum = {name: sum(w * g[name] for w, g in zip(weights, past, strict=True)) for name in grads}
+        else:
+            momentum = grads
+        directions = {name: atom.norm.direction(momentum[name]).dense() for name, atom in NET.weights().items()}
+        measured.append(sum(float((grads[name] * u).sum()) for name, u in directions.items()))
+        norm = sum(BETA ** (len(measured) - 1 - i) for i in range(len(measured)))
+        smoothed = sum(BETA ** (len(measured) - 1 - i) * s for i, s in enumerate(measured)) / norm
+        plan = method._plan(torch.device("cpu"))
+        majorant = method._majorant(
+            torch.tensor(max(smoothed, 0.0), dtype=torch.float64), plan.sizes, torch.device("cpu"), None
+        )
+        t = ExactGrowth().minimum(majorant).t
+        past.append(grads)
+        params = {name: weight - t * directions[name] for name, weight in params.items()}
+
+        fresh = gradients(method, mine, *batch(step))
+        updates, state = method.update(fresh, state, mine)
+        mine = {name: weight + updates[name] for name, weight in mine.items()}
+        assert float(state.t) == pytest.approx(float(t), rel=1e-9)
+    for name in params:
+        assert torch.allclose(params[name], mine[name], rtol=1e-8, atol=1e-10)
+
+
+def test_the_measured_descent_is_unbiased_over_all_minibatches() -> None:
+    method = agd(NET, SquareLoss(), momentum=BETA)
+    params = NET.init(0, dtype=torch.float64)
+    inputs, targets = batch(0, samples=6)
+    _, state = method.update(gradients(method, params, *batch(1)), method.init(params), params)
+    directions = {name: atom.norm.direction(state.momentum[name]).dense() for name, atom in NET.weights().items()}
+    whole = gradients(method, params, inputs, targets)
+    truth = sum(float((whole[name] * u).sum()) for name, u in directions.items())
+    seen = []
+    for rows in combinations(range(6), 2):
+        index = torch.tensor(rows)
+        _, after = method.update(gradients(method, params, inputs[index], targets[index]), state, params)
+        seen.append(float(after.descent))
+    assert math.fsum(seen) / len(seen) == pytest.approx(truth, rel=1e-9)
+    # the direct rule counts noise: on the same minibatches it claims more descent than its own directions have
+    direct = agd(NET, SquareLoss())
+    claimed, real = [], []
+    for rows in combinations(range(6), 2):
+        index = torch.tensor(rows)
+        part = gradients(direct, params, inputs[index], targets[index])
+        claimed.append(float(direct.update(part, direct.init(params), params)[1].descent))
+        real.append(
+            sum(float((whole[n] * atom.norm.direction(part[n]).dense()).sum()) for n, atom in NET.weights().items())
+        )
+    assert math.fsum(claimed) > 1.2 * math.fsum(real)
+
+
+def test_steps_shrink_where_gradients_are_noise_alone() -> None:
+    params = NET.init(0, dtype=torch.float64)
+    held, direct = agd(NET, SquareLoss(), momentum=0.95), agd(NET, SquareLoss())
+    states = {method: method.init(params) for method in (held, direct)}
+    generator = torch.Generator().manual_seed(0)
+    total = dict.fromkeys(states, 0.0)
+    for _ in range(200):
+        noise = {name: torch.randn(w.shape, generator=generator, dtype=w.dtype) for name, w in params.items()}
+        for method in states:
+            _, states[method] = method.update(noise, states[method], params)
+            total[method] += float(states[method].t)
+    assert total[held] < 0.4 * total[direct]
+
+
+def test_state_is_one_buffer_of_the_weights_size_and_scalars() -> None:
+    method = agd(NET, SquareLoss(), momentum=BETA)
+    params = NET.init(0)
+    _, state = method.update(gradients(method, params, *[x.float() for x in batch(0)]), method.init(params), params)
+    weights = sum(weight.numel() for weight in params.values())
+    assert sum(value.numel() for value in state.momentum.values()) == weights
+    assert sum(value.numel() for value in tree_leaves(state)) <= weights + 2 * len(params) + 10
+    assert method.init(params).momentum == {}
+
+
+def test_a_gradient_cleared_in_place_leaves_the_momentum_alone() -> None:
+    method = agd(NET, SquareLoss(), momentum=BETA)
+    params = NET.init(0, dtype=torch.float64)
+    grads = gradients(method, params, *batch(0))
+    _, state = method.update(grads, method.init(params), params)
+    before = {name: value.clone() for name, value in state.momentum.items()}
+    for value in grads.values():
+        value.zero_()
+    assert all(torch.equal(before[name], state.momentum[name]) for name in before)
+
+
+def test_rows_without_fresh_evidence_do_not_move() -> None:
+    net = Linear(Logits(3), Sequence(4)) @ Embedding(4, 5)
+    method = agd(net, CrossEntropy(), momentum=0.9)
+    params = net.init(0)
+    targets = torch.tensor([[0, 1, 2]])
+    state = method.init(params)
+    for ids in ([[0, 1, 2]], [[0, 3, 3]]):
+        grads = torch.func.grad(method.objective)(params, torch.tensor(ids), targets)
+        updates, state = method.update(grads, state, params)
+    moved = updates["0.weight"].abs().sum(1) > 0
+    assert moved.tolist() == [True, False, False, False, False]  # 1 and 2 have momentum, 3 has none yet
+
+
+def test_a_skipped_batch_counts_in_no_mean() -> None:
+    method = agd(NET, SquareLoss(), momentum=BETA, nonfinite="skip")
+    params = NET.init(0, dtype=torch.float64)
+    good, other = (gradients(method, params, *batch(seed)) for seed in (0, 1))
+    bad = {name: torch.full_like(value, math.nan) for name, value in good.items()}
+    _, state = method.update(good, method.init(params), params)
+    updates, skipped = method.update(bad, state, params)
+    assert not any(update.any() for update in updates.values())
+    assert skipped.skipped == 1
+    assert torch.equal(skipped.smoothed, state.smoothed)
+    assert all(torch.equal(state.momentum[name], skipped.momentum[name]) for name in params)
+    after, _ = method.update(other, skipped, params)
+    expected, _ = method.update(other, state, params)
+    assert all(torch.allclose(after[name], expected[name], rtol=1e-12, atol=0) for name in params)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, math.nan, "0.9"])
+def test_an_impossible_momentum_is_refused(momentum) -> None:
+    with pytest.raises(InvalidArgument, match="momentum"):
+        agd(NET, SquareLoss(), momentum=momentum)
+
+
+def test_momentum_certifies_nothing() -> None:
+    with pytest.raises(InvalidArgument, match="Leave momentum out"):
+        agd(NET, SquareLoss(), search=Certified(), momentum=0.9)
+
+
+def test_the_optimizer_keeps_and_restores_the_momentum_bit_for_bit() -> None:
+    inputs, targets = (x.float() for x in batch(0))
+
+    def train(optimizer: AGD, model: torch.nn.Module, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad(set_to_none=False)
+            SquareLoss()(model(inputs), targets).backward()
+            optimizer.step()
+
+    model, other = NET.to_torch(0), NET.to_torch(1)
+    optimizer, resumed = AGD(model, SquareLoss(), momentum=0.9), AGD(other, SquareLoss(), momentum=0.9)
+    train(optimizer, model, 5)
+    saved = optimizer.state_dict()
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved)
+    train(optimizer, model, 5)
+    train(resumed, other, 5)
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), other.parameters(), strict=True))
+    with pytest.raises(InvalidArgument, match="with momentum"):
+        AGD(other, SquareLoss()).load_state_dict(saved)
+
+
+def test_the_named_method_is_the_rule_with_its_defaults() -> None:
+    method = METHODS["held-out"](NET, SquareLoss())
+    assert (method.momentum, method.direction, method.sizes) == (0.95, "spectral", "prescribed")
