@@ -2,7 +2,6 @@
 
 from modula_agd.agd import METHODS as METHODS
 from modula_agd.agd import agd as agd
-from modula_agd.agd import held_out as held_out
 from modula_agd.agd import published as published
 from modula_agd.atom import Bias as Bias
 from modula_agd.atom import Embedding as Embedding

@@ -12,6 +12,10 @@ from modula_agd.module import Module
 from modula_agd.run import Constants
 
 
+MOMENTUM = 0.95
+"""β where nothing else is asked for: the one value that was chosen, by training losses alone (docs/benchmarks.md)."""
+
+
 def agd(
     network: Module,
     loss: Loss,
@@ -22,7 +26,7 @@ def agd(
     constants: Constants | None = None,
     magnitude: float = 1.0,
     nonfinite: Literal["raise", "skip"] = "raise",
-    momentum: float | None = None,
+    momentum: float | Literal["auto"] | None = "auto",
 ) -> Method:
     """A method without a learning rate, derived from what the network and the loss declare.
 
@@ -37,7 +41,8 @@ def agd(
         magnitude: a₀, declared bound of the inputs' norms; a certified search measures it instead.
         nonfinite: what a NaN or infinite gradient does: "raise", or "skip" the step and count it.
         momentum: β, 0 ≤ β < 1, for minibatches: the direction is made of past gradients, and the fresh one measures the
-            descent along it. None, for full batches, makes both of the same gradient.
+            descent along it. None, for full batches, makes both of the same gradient. "auto" is 0.95, and None for a
+            certified search.
 
     Raises:
         InvalidArgument: an option is unknown, or contradicts the search.
@@ -73,6 +78,8 @@ def agd(
         raise InvalidArgument(f"agd was given magnitude={magnitude!r}; the inputs' norm bound must be > 0 and finite")
     if all(atom.mass == 0 for atom in network.weights().values()):
         raise InvalidArgument(f"{network!r} has no weight to train: every atom has mass 0, or there is none")
+    if momentum == "auto":
+        momentum = None if search.needs_evidence else MOMENTUM
     if momentum is not None and not (isinstance(momentum, int | float) and 0 <= momentum < 1):
         raise InvalidArgument(f"agd was given momentum={momentum!r}, which must be at least 0 and below 1, or None")
     if momentum is not None and search.needs_evidence:
@@ -92,19 +99,14 @@ def published(network: Module, loss: Loss) -> Method:
     The declared size is 1 for every weight matrix. The paper has no biases; here a ``Bias`` counts with its own size.
     """
     tensors = len(network.weights())
-    return agd(network, loss, direction="frobenius", search=ClosedForm(depth=tensors, magnitude=1.0))
-
-
-def held_out(network: Module, loss: Loss) -> Method:
-    """Spectral directions from past gradients, descent measured by the fresh one, exact growth: made for minibatches."""
-    return agd(network, loss, momentum=0.95)
+    return agd(network, loss, direction="frobenius", search=ClosedForm(depth=tensors, magnitude=1.0), momentum=None)
 
 
 METHODS: dict[str, Callable[[Module, Loss], Method]] = {
-    "held-out": held_out,
+    "held-out": agd,
     "agd": published,
-    "closed-form": lambda network, loss: agd(network, loss, search=ClosedForm()),
-    "exact": lambda network, loss: agd(network, loss, search=ExactGrowth()),
+    "closed-form": lambda network, loss: agd(network, loss, search=ClosedForm(), momentum=None),
+    "exact": lambda network, loss: agd(network, loss, search=ExactGrowth(), momentum=None),
     "certified": lambda network, loss: agd(network, loss, search=Certified()),
 }
 """Named configurations, for command lines and comparisons."""

@@ -36,6 +36,18 @@ from modula_agd.norm import Norm, RowBlocks, Spectral
 from modula_agd.space import Heads, Mask, Sequence, Space, Tuple, finite, flag, positive
 
 
+def _empties_a_row(seen: Tensor) -> bool:
+    """Whether a mask is known to leave a position nothing to attend to."""
+    # asking an accelerator would be a wait, and torch.compile and torch.vmap have no value to ask for; what attends to nothing
+    # then comes out as 0
+    if seen.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    try:
+        return not bool(seen.any(-1).all())
+    except RuntimeError:
+        return False
+
+
 def _splitting(heads: int) -> Gain:
     if heads == 1:
         return Gain.exact(1.0, "one head: nothing is split", "any")
@@ -237,8 +249,7 @@ class Attention(Bond):
         seen = mask[..., None, None, :]
         if self.causal:
             seen = seen & torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        # asking an accelerator would be a wait; there a fully masked row shows as NaN in the gradient
-        if not torch.compiler.is_compiling() and seen.device.type == "cpu" and not bool(seen.any(-1).all()):
+        if _empties_a_row(seen):
             raise InvalidArgument(
                 f"{self!r} was given a mask that leaves a position nothing to attend to. Let every sequence have a position "
                 "that is no padding, and with causal masks pad at the end."

@@ -117,6 +117,8 @@ def ResMLP(
 def SwiGLU(space: int | Space, hidden: int, *, bias: bool = False) -> Module:
     """A gated feed-forward layer: Linear @ (SiLU(Linear x) ⊙ Linear x) (Shazeer 2020, arXiv:2002.05202).
 
+    Of second degree in its input: in a stack, normalise what enters it, or outputs grow without limit as weights drift.
+
     Args:
         space: Features or a Sequence, which it maps to itself.
         hidden: features of the product.

@@ -30,8 +30,9 @@ def applied(module: Module, apply: Callable[[], Any], *tensors: Any) -> Any:
         return apply()
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
-        what = " and ".join(f"{tuple(x.shape)} {x.dtype}" for x in tensors if isinstance(x, Tensor))
+    except (RuntimeError, IndexError) as error:
+        parts = [y for x in tensors for y in (x if isinstance(x, tuple) else (x,))]
+        what = " and ".join(f"{tuple(x.shape)} {x.dtype}" for x in parts if isinstance(x, Tensor))
         raise SpaceMismatch(f"{module!r} could not be applied to tensors of {what}: {error}") from error
 
 

@@ -236,6 +236,9 @@ class Method:
             # a skipped batch counts in no mean
             seen = (state.steps - state.skipped + finite.to(state.steps.dtype)).to(smoothed.dtype)
             usable = torch.where(finite, smoothed / (1 - self.momentum**seen).clamp(min=1e-12), 0.0)
+            # a zero gradient means a zero step, of the whole or of one weight, whatever the past says
+            usable = torch.where(descent == 0, 0.0, usable)
+            reach = reach * (pairs != 0)
         majorant = self._majorant(usable.clamp(min=0.0), sizes, device, evidence)
         best = self.search.minimum(majorant)
         # sizes or magnitudes near the ends of the number range can overflow on the way to a step

@@ -103,7 +103,7 @@ class Module(ABC):
             SpaceMismatch: the batch is not in the domain.
             InvalidArgument: a parameter or a running statistic is missing.
         """
-        self._check(x, buffers)
+        self._check(params, x, buffers)
         return self.apply(params, x, "", Run(buffers=buffers or {}))
 
     def run(
@@ -128,7 +128,7 @@ class Module(ABC):
             SpaceMismatch: the batch is not in the domain, or is one sequence without a batch dimension.
             InvalidArgument: a parameter is missing, or dropout has no generator.
         """
-        self._check(x, buffers)
+        self._check(params, x, buffers)
         if isinstance(self.domain, Sequence) and x.ndim == self.domain.sample:
             # [batch, features] fits too, and attention would mix the samples
             raise SpaceMismatch(
@@ -143,7 +143,12 @@ class Module(ABC):
         run = Run(True, generator, buffers or {})
         return self.apply(params, x, "", run), {**run.buffers, **run.renewed}
 
-    def _check(self, x: Any, buffers: object) -> None:
+    def _check(self, params: object, x: Any, buffers: object) -> None:
+        if not isinstance(params, Mapping):
+            raise InvalidArgument(
+                f"{self!r} was given {type(params).__name__} in the place of its parameters. Pass the dictionary that "
+                "network.init() returns, or dict(model.named_parameters()), and then the inputs."
+            )
         if self.domain is not None:
             self.domain.check(x, self)
         if buffers is not None and not isinstance(buffers, Mapping):
@@ -337,6 +342,10 @@ def _settled(chain: list[Module]) -> tuple[Module, ...]:
 
 def parts_of(module: Module, x: Any, count: int) -> tuple[Any, ...]:
     """The parts of what a module that takes several was given: activations, or bounds."""
+    if isinstance(x, Bound):
+        raise UnknownBound(
+            f"the bound of {module!r} was asked for by itself, but it takes a tuple of {count}. Put as many branches before it."
+        )
     if not isinstance(x, tuple) or len(x) != count:
         given = f"a tuple of {len(x)}" if isinstance(x, tuple) else f"one {type(x).__name__}"
         raise SpaceMismatch(

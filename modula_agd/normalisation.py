@@ -63,8 +63,7 @@ class Normalisation(Bond, ABC):
     def __post_init__(self) -> None:
         for what in ("floor", "eps"):
             value = getattr(self, what)
-            missing = value is None and what == "floor"
-            if not missing and not (finite(value) and value > 0):
+            if not (finite(value) and value > 0) and not (value is None and what == "floor"):
                 raise InvalidArgument(
                     f"{type(self).__name__} was given {what}={value!r}, which must be a finite number > 0"
                 )
@@ -232,7 +231,7 @@ class BatchNorm(Normalisation):
     ``network.run``.
 
     Args:
-        count: samples times positions of a batch, which the proved constants need.
+        count: the most samples times positions of a batch, which the proved constants need.
         momentum: share of the new batch in the running statistics, 0 to 1.
         floor: f > 0, the least deviation of any channel that is assumed before and after every step.
         eps: ε > 0.
@@ -286,7 +285,7 @@ class BatchNorm(Normalisation):
         count = x.numel() // x.shape[axis]
         if count < 2:
             raise InvalidArgument(
-                f"{self!r} was trained on one sample of one position, which has no deviation. Use larger batches."
+                f"{self!r} was trained on a batch of {count} samples times positions, but a deviation takes two. Use larger batches."
             )
         outputs, mean, inverse = torch.native_batch_norm(
             x.movedim(axis, 1), None, None, None, None, True, self.momentum, self.eps

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from modula_agd.bound import Gain
-from modula_agd.error import InvalidArgument, SpaceMismatch
+from modula_agd.bound import Bound, Gain
+from modula_agd.error import InvalidArgument, SpaceMismatch, UnknownBound
 from modula_agd.layer import Bond
 from modula_agd.module import Composite, Module, parts_of, tuple_of
 from modula_agd.run import EVALUATION, Parameters, Run, Step, Weighted
@@ -161,6 +161,8 @@ class Take(Bond):
         return None
 
     def rule(self, x: Any, gain: float) -> Any:
+        if isinstance(x, Bound):
+            raise UnknownBound(f"the bound of {self!r} was asked for by itself, but it takes a part of a tuple")
         return self._taken(x)
 
     def forward(self, x: Any) -> Any:

@@ -1,8 +1,12 @@
 """What the unit tests share: one rounding tolerance, seeded draws, matrices with chosen singular values."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from modula_agd import Loss, Module, agd
 from modula_agd.polar import working_dtype
 from modula_agd.verify.tolerance import rounding
 
@@ -28,3 +32,24 @@ def with_singular_values(values: Tensor, rows: int, cols: int, seed: int = 0) ->
     u = torch.linalg.qr(gaussian(rows, count, seed=seed))[0]
     v = torch.linalg.qr(gaussian(cols, count, seed=seed + 1))[0]
     return (u * values.double()) @ v.mT
+
+
+def trained(network: Module, loss: Loss, x: Any, y: Tensor, steps: int = 30, **options: Any) -> tuple[float, float]:
+    """The loss of a batch before and after so many steps of ``agd`` on it, in float64."""
+    method = agd(network, loss, **options)
+    params = network.init(0, dtype=torch.float64)
+    state = method.init(params)
+    values = []
+    for step in range(steps + 1):
+        # one mask of dropout throughout, so that values compare
+        grads, value = torch.func.grad_and_value(lambda p: method.objective(p, x, y, seeded()))(params)
+        values.append(float(value))
+        if step < steps:
+            updates, state = method.update(grads, state, params)
+            params = {name: weight + updates[name] for name, weight in params.items()}
+    return values[0], values[-1]
+
+
+def central(function: Callable[[Tensor], Tensor], x: Tensor, along: Tensor, step: float = 1e-6) -> float:
+    """The derivative of a number at x along a direction, by a central difference."""
+    return float((function(x + step * along) - function(x - step * along)) / (2 * step))

@@ -12,6 +12,7 @@ from modula_agd import (
     Bias,
     Embedding,
     Features,
+    Heads,
     Image,
     InvalidArgument,
     Linear,
@@ -24,6 +25,7 @@ from modula_agd import (
     SpaceMismatch,
     Spectral,
     Tokens,
+    Unembedding,
     Volume,
 )
 from support import gaussian, tolerance
@@ -175,3 +177,50 @@ def test_an_embedding_forgets_the_growth_of_its_input() -> None:
     bound = (Linear(2, Sequence(4)) @ Embedding(4, 7, size=3.0)).bound(0.5)
     assert (bound.magnitude, bound.depth) == (3.0, 2.0)
     assert bound.growth == pytest.approx(1.5**2)
+
+
+# -- heads, and a head that shares an embedding's table --------------------------------------------------------------------
+
+
+def test_a_projection_into_heads_is_measured_head_by_head() -> None:
+    layer, x = Linear(Heads(2, 3), Sequence(4)), gaussian(5, 7, 4)
+    weight = layer.init(0, dtype=torch.float64)["weight"]
+    out = layer({"weight": weight}, x)
+    assert layer.codomain.fits(out)
+    for head in range(2):
+        part = weight[3 * head : 3 * head + 3]
+        torch.testing.assert_close(out[:, head], x @ part.mT)
+        assert math.sqrt(4 / 3) * float(torch.linalg.matrix_norm(part, 2)) == pytest.approx(1)
+    # the leading input of one head attains the gain
+    leading = torch.linalg.svd(weight[:3])[2][0]
+    ratio = layer.codomain.norm(layer({"weight": weight}, leading[None, None])) / layer.domain.norm(leading[None, None])
+    assert float(ratio) == pytest.approx(1)
+
+
+def test_biases_and_scales_of_heads_have_a_row_for_each_head() -> None:
+    x, weight = gaussian(5, 2, 7, 3), gaussian(2, 3)
+    for layer, expected in ((Bias(Heads(2, 3)), x + weight[:, None]), (Scale(Heads(2, 3)), x * weight[:, None])):
+        assert layer.shape == (2, 3)
+        torch.testing.assert_close(layer({layer.parameter: weight}, x), expected)
+    # a bias counts by its largest head, as the space does
+    assert float(Bias(Heads(2, 3)).norm.size(weight)) == pytest.approx(float(Heads(2, 3).norm(weight[None, :, None])))
+
+
+def test_an_unembedding_scores_by_rows_of_the_table_over_their_width() -> None:
+    layer, x, weight = Unembedding(5, 4), gaussian(2, 3, 4), gaussian(5, 4, seed=1)
+    torch.testing.assert_close(layer({"weight": weight}, x), x @ weight.mT / 4)
+    assert (layer.domain, layer.codomain, layer.shape) == (Sequence(4), Logits(5), (5, 4))
+    assert (layer.norm, layer.shape) == (Embedding(4, 5).norm, Embedding(4, 5).shape)
+    # x along the largest row attains the gain
+    row = weight[(weight.square().sum(1)).argmax()][None, None]
+    ratio = Logits(5).norm(layer({"weight": weight}, row)) / Sequence(4).norm(row)
+    assert float(ratio) == pytest.approx(float(layer.norm.size(weight)))
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, True, None, "2"])
+def test_an_unembedding_takes_positive_integers(wrong) -> None:
+    for build in (lambda: Unembedding(wrong, 4), lambda: Unembedding(5, wrong), lambda: Embedding(wrong, 4)):
+        with pytest.raises(InvalidArgument, match="integer of at least 1"):
+            build()
+    with pytest.raises(SpaceMismatch, match=r"Sequence\(4\)"):
+        Unembedding(5, 4).bind(Features(4))

@@ -32,9 +32,11 @@ from modula_agd import (
     Sequence,
     Sigmoid,
     SiLU,
+    Softmax,
     Space,
     SpaceMismatch,
     Tanh,
+    ToSequence,
     UnitBall,
     Volume,
 )
@@ -348,3 +350,52 @@ def test_silu_is_the_gate_of_itself() -> None:
     x = gaussian(5, 4)
     gated = (Multiply() @ (Sigmoid(), Identity()))({}, x)
     assert torch.allclose(gated, functional.silu(x))
+
+
+# -- probabilities, and pixels as a sequence -------------------------------------------------------------------------------
+
+
+def test_a_softmax_moves_by_half_of_what_two_equal_scores_move() -> None:
+    softmax, worst = Softmax().bind(Logits(4)), 0.0
+    for seed in range(30):
+        scores, change = 2 * gaussian(50, 4, seed=seed), gaussian(50, 4, seed=seed + 99).sign()
+        for step in (1e-3, 1.0):
+            moved = (softmax({}, scores + step * change) - softmax({}, scores)).abs().amax()
+            assert float(moved) <= math.tanh(step / 2) <= softmax.gain.proved.value * step
+            worst = max(worst, float(moved) / math.tanh(step / 2))
+    assert worst > 0.8
+    two, step = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[1e-4, -1e-4]], dtype=torch.float64)
+    moved = (two + step).softmax(-1) - two.softmax(-1)
+    assert float(moved.abs().amax()) == pytest.approx(softmax.gain.proved.value * 1e-4)
+
+
+def test_the_curvature_of_a_softmax_is_attained_by_two_scores() -> None:
+    softmax, step = Softmax().bind(Logits(2)), 1e-3
+    half = torch.linspace(-3, 3, 6001, dtype=torch.float64)
+    scores = torch.stack([half, -half], -1)
+    change = step * torch.tensor([1.0, -1.0], dtype=torch.float64).expand_as(scores)
+    before, linear = torch.func.jvp(lambda z: z.softmax(-1), (scores,), (change,))
+    left = (softmax({}, scores + change) - before - linear).abs().amax() / step**2
+    assert float(left) == pytest.approx(softmax.curvature, rel=1e-3)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_probabilities_are_at_most_1_and_equal_at_zero() -> None:
+    softmax = Softmax().bind(Logits(4))
+    assert torch.equal(softmax({}, torch.zeros(1, 4)), torch.full((1, 4), 0.25))
+    bound = (Softmax() @ Linear(Logits(4), 3)).bound(0.1, magnitude=0.5)
+    assert bound.magnitude == pytest.approx(0.25 + 0.25)
+    assert bound.growth == pytest.approx(1 + 0.5 * 0.5 / 0.5 * 0.1)
+    assert (Softmax() @ Linear(Logits(4), 3)).bound(magnitude=9.0).magnitude == 1
+    with pytest.raises(SpaceMismatch, match=r"Logits\(n\).*Features\(3\)"):
+        Softmax() @ Linear(3, 3)
+
+
+def test_pixels_become_positions_row_by_row() -> None:
+    x, layer = gaussian(2, 3, 2, 4), ToSequence().bind(Image(3))
+    out = layer({}, x)
+    assert out.shape == (2, 8, 3)
+    assert torch.equal(out[1, 4 + 2], x[1, :, 1, 2])
+    assert torch.equal(layer.codomain.norm(out), Image(3).norm(x))
+    assert (Linear(Sequence(2), Sequence(3)) @ ToSequence()).domain == Image(3)
+    with pytest.raises(SpaceMismatch, match=r"Sequence\(3\)"):
+        ToSequence().bind(Sequence(3))

@@ -1,24 +1,33 @@
 """Whole architectures: their names, spaces and depths."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from modula_agd import (
     MLP,
     Conv2d,
+    CrossEntropy,
     Features,
     Identity,
     InvalidArgument,
+    LayerNorm,
     Linear,
     Logits,
     Module,
     ResMLP,
+    RMSNorm,
+    Sequence,
+    SpaceMismatch,
+    SwiGLU,
     Tanh,
     residual,
 )
-from support import gaussian
+from modula_agd.compound import mixed, normalised
+from support import gaussian, trained
 
 
 def weights(network: Module) -> list[str]:
@@ -99,3 +108,117 @@ def test_a_residual_block_must_keep_its_space() -> None:
 def test_a_number_out_of_range_is_an_error(build: object) -> None:
     with pytest.raises(InvalidArgument):
         build()  # pyright: ignore[reportCallIssue]
+
+
+# -- parts that the other networks share -----------------------------------------------------------------------------------
+
+
+def test_one_connection_averages_or_adds() -> None:
+    branch, x = Tanh() @ Linear(4, 4), gaussian(6, 4)
+    weight = branch.init(0, dtype=torch.float64)["0.weight"]
+    h = torch.tanh(x @ weight.mT)
+    convex, total = mixed(Identity(), branch, 4), mixed(Identity(), branch, 4, "sum")
+    torch.testing.assert_close(convex({"1.0.weight": weight}, x), 0.75 * x + 0.25 * h)
+    torch.testing.assert_close(total({"1.0.weight": weight}, x), x + h)
+    assert mixed(Identity(), branch, 1) == branch
+
+
+def test_several_blocks_take_turns_and_all_count() -> None:
+    first, second, x = Tanh() @ Linear(4, 4), Linear(4, 4), gaussian(6, 4)
+    net = residual((first, second), 2)
+    params = net.init(0, dtype=torch.float64)
+    a, b, c, d = params.values()
+    h = 0.75 * x + 0.25 * torch.tanh(x @ a.mT)
+    h = 0.75 * h + 0.25 * h @ b.mT
+    h = 0.75 * h + 0.25 * torch.tanh(h @ c.mT)
+    h = 0.75 * h + 0.25 * h @ d.mT
+    torch.testing.assert_close(net(params, x), h)
+    depths = [residual((first, second), blocks).bound(constants="proved").depth for blocks in (1, 2, 8, 64)]
+    assert depths == pytest.approx([1.0] * 4)
+
+
+def test_the_sum_form_grows_with_its_blocks() -> None:
+    bounds = [residual(Linear(4, 4), blocks, form="sum").bound() for blocks in (1, 2, 8)]
+    assert [bound.magnitude for bound in bounds] == pytest.approx([2, 4, 256])
+    assert [bound.depth for bound in bounds] == pytest.approx([0.5, 1, 4])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("space", [Features(4), Sequence(4)], ids=str)
+def test_a_gated_layer_multiplies_two_branches(space: Features | Sequence, bias: bool) -> None:
+    net, x = SwiGLU(space, 6, bias=bias), gaussian(5, 4) if space == Features(4) else gaussian(5, 3, 4)
+    assert (net.domain, net.codomain) == (space, space)
+    params = {name: gaussian(*value.shape, seed=i) for i, (name, value) in enumerate(net.init(0).items())}
+    assert sum(value.numel() for value in params.values()) == 3 * 4 * 6 + bias * (6 + 6 + 4)
+    if bias:
+        gate, gate_bias, up, up_bias, down, down_bias = params.values()
+    else:
+        (gate, up, down), gate_bias, up_bias, down_bias = params.values(), 0, 0, 0
+    inner = functional.silu(x @ gate.mT + gate_bias) * (x @ up.mT + up_bias)
+    torch.testing.assert_close(net(params, x), inner @ down.mT + down_bias)
+    if not bias:
+        bound = net.bound()
+        assert (bound.depth, bound.ceiling) == (pytest.approx(3), pytest.approx(3))
+    assert SwiGLU(4, 6).domain == Features(4)
+
+
+@pytest.mark.parametrize("options", [{"momentum": None}, {"momentum": 0.95}], ids=["full batch", "momentum"])
+@pytest.mark.parametrize(
+    "network",
+    [
+        MLP(Logits(3), 8, 4, 3),
+        MLP(Logits(3), 8, 4, 3, bias=True),
+        ResMLP(Logits(3), 8, 4, 3),
+        ResMLP(Logits(3), 8, 4, 2, block_depth=1, bias=True),
+        Linear(Logits(3), 4) @ SwiGLU(4, 8),
+        # stacked, what enters a product is normalised: without, its degree doubles with each block
+        Linear(Logits(3), 4) @ residual(SwiGLU(4, 8) @ RMSNorm(), 3),
+        Linear(Logits(3), 4) @ residual(SwiGLU(4, 8, bias=True) @ RMSNorm(), 2, form="sum"),
+    ],
+    ids=["MLP", "MLP with biases", "ResMLP", "ResMLP with biases", "gated", "gated stack", "gated sum"],
+)
+def test_each_learns_a_small_batch(network: Module, options: dict[str, Any]) -> None:
+    before, after = trained(network, CrossEntropy(), gaussian(6, 4), torch.arange(6) % 3, **options)
+    assert after < 0.95 * before
+    assert 0 < network.bound().depth <= network.bound().ceiling < math.inf
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, True, None, "2", (2,)])
+def test_numbers_are_positive_integers(wrong: Any) -> None:
+    for build in (
+        lambda: MLP(3, wrong, 4, 2),
+        lambda: MLP(3, 5, 4, wrong),
+        lambda: ResMLP(3, 5, 4, wrong),
+        lambda: residual(Linear(3, 3), wrong),
+        lambda: mixed(Identity(), Linear(3, 3), wrong),
+        lambda: SwiGLU(wrong, 6),
+        lambda: SwiGLU(4, wrong),
+    ):
+        with pytest.raises(InvalidArgument, match="integer of at least 1"):
+            build()
+
+
+@pytest.mark.parametrize("wrong", [3, None, "block", (), (3,), torch.relu])
+def test_a_block_is_a_module(wrong: Any) -> None:
+    with pytest.raises(SpaceMismatch, match="give a module"):
+        residual(wrong, 2)
+    with pytest.raises(SpaceMismatch, match="not a module"):
+        mixed(Identity(), wrong, 2)
+    with pytest.raises(SpaceMismatch, match="not a module"):
+        mixed(wrong, Linear(3, 3), 2)
+
+
+@pytest.mark.parametrize("wrong", ["none", None, 1, 0.0])
+def test_choices_are_checked(wrong: Any) -> None:
+    for build in (
+        lambda: MLP(3, 5, 4, 2, bias=wrong),
+        lambda: ResMLP(3, 5, 4, 2, bias=wrong),
+        lambda: SwiGLU(4, 6, bias=wrong),
+        lambda: normalised(LayerNorm(), Features(4), wrong),
+    ):
+        with pytest.raises(InvalidArgument, match="True or False"):
+            build()
+    with pytest.raises(InvalidArgument, match="'convex' or 'sum'"):
+        residual(Linear(3, 3), 2, form=wrong)
+    with pytest.raises(SpaceMismatch, match=r"Logits\(4\)"):
+        SwiGLU(Logits(4), 6)

@@ -88,7 +88,7 @@ def test_the_measured_descent_is_unbiased_over_all_minibatches() -> None:
         seen.append(float(after.descent))
     assert math.fsum(seen) / len(seen) == pytest.approx(truth, rel=1e-9)
     # the direct rule counts noise: on the same minibatches it claims more descent than its own directions have
-    direct = agd(NET, SquareLoss())
+    direct = agd(NET, SquareLoss(), momentum=None)
     claimed, real = [], []
     for rows in combinations(range(6), 2):
         index = torch.tensor(rows)
@@ -102,7 +102,7 @@ def test_the_measured_descent_is_unbiased_over_all_minibatches() -> None:
 
 def test_steps_shrink_where_gradients_are_noise_alone() -> None:
     params = NET.init(0, dtype=torch.float64)
-    held, direct = agd(NET, SquareLoss(), momentum=0.95), agd(NET, SquareLoss())
+    held, direct = agd(NET, SquareLoss()), agd(NET, SquareLoss(), momentum=None)
     states = {method: method.init(params) for method in (held, direct)}
     generator = torch.Generator().manual_seed(0)
     total = dict.fromkeys(states, 0.0)
@@ -164,6 +164,33 @@ def test_a_skipped_batch_counts_in_no_mean() -> None:
     assert all(torch.allclose(after[name], expected[name], rtol=1e-12, atol=0) for name in params)
 
 
+def test_after_a_first_batch_that_was_skipped_one_good_one_fills_the_momentum() -> None:
+    method = agd(NET, SquareLoss(), nonfinite="skip")
+    params = NET.init(0, dtype=torch.float64)
+    good = gradients(method, params, *batch(0))
+    bad = {name: torch.full_like(value, math.inf) for name, value in good.items()}
+    _, state = method.update(bad, method.init(params), params)
+    first, state = method.update(good, state, params)
+    second, state = method.update(good, state, params)
+    assert not any(update.any() for update in first.values())
+    assert all(update.any() for update in second.values())
+
+
+def test_a_zero_gradient_means_a_zero_step_whatever_the_past() -> None:
+    method = agd(NET, SquareLoss())
+    params = NET.init(0, dtype=torch.float64)
+    grads = gradients(method, params, *batch(0))
+    _, state = method.update(grads, method.init(params), params)
+    nothing = {name: torch.zeros_like(value) for name, value in grads.items()}
+    updates, after = method.update(nothing, state, params)
+    assert not any(update.any() for update in updates.values())
+    assert after.t == 0
+    one = {**grads, "0.weight": torch.zeros_like(grads["0.weight"])}
+    updates, after = method.update(one, state, params)
+    assert not updates["0.weight"].any()
+    assert updates["2.weight"].any()
+
+
 @pytest.mark.parametrize("momentum", [-0.1, 1.0, math.nan, "0.9"])
 def test_an_impossible_momentum_is_refused(momentum) -> None:
     with pytest.raises(InvalidArgument, match="momentum"):
@@ -194,7 +221,7 @@ def test_the_optimizer_keeps_and_restores_the_momentum_bit_for_bit() -> None:
     train(resumed, other, 5)
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), other.parameters(), strict=True))
     with pytest.raises(InvalidArgument, match="with momentum"):
-        AGD(other, SquareLoss()).load_state_dict(saved)
+        AGD(other, SquareLoss(), momentum=None).load_state_dict(saved)
 
 
 def test_the_named_method_is_the_rule_with_its_defaults() -> None:

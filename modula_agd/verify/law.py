@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modula_agd.bound import Grade
 
@@ -81,7 +82,9 @@ class Law(ABC):
         """The measurement on a draw, after its attack if it has one."""
         tensors = self.tensors(subject, draw)
         if getattr(draw, "attack", 0):
-            tensors = self._attacked(subject, draw, tensors, where)
+            # the fused kernels of attention have no second derivative, which an attack on a gradient needs
+            with sdpa_kernel(SDPBackend.MATH):
+                tensors = self._attacked(subject, draw, tensors, where)
         with torch.no_grad():
             return self.measure(subject, draw, tensors, where)
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from modula_agd.bound import Bound, Grade, source
 from modula_agd.module import Module
@@ -131,13 +132,6 @@ def _activations(
     return {name: activation(_kind(kinds, name), space, draw, generator)}
 
 
-def _perturbed(space: Space) -> bool:
-    """Whether an activation of this space can move at all."""
-    if isinstance(space, Tuple):
-        return all(_perturbed(part) for part in space.parts)
-    return not isinstance(space, Tokens | Mask)
-
-
 class ModuleLaw(Law, ABC):
     """Shared: cases are drawn alike. A bound that rests on an assumption claims nothing of an arbitrary case."""
 
@@ -203,10 +197,20 @@ class SecondOrder(ModuleLaw):
 
     def measure(self, subject: Module, draw: ModuleDraw, tensors: dict[str, Tensor], where: Device) -> Measurement:
         case = Case(subject, draw, tensors, where)
-        if _perturbed(case.domain):
-            before, linear = linearised(case.outputs, (case.params, case.x), (case.change, case.x_change))
-        else:
-            before, linear = linearised(lambda w: case.outputs(w, case.x), (case.params,), (case.change,))
+        parts, whole = tree_flatten(case.x)
+        # ids and masks do not move
+        free = [index for index, part in enumerate(parts) if part.is_floating_point()]
+        changes = tree_leaves(case.x_change)
+
+        def outputs(params: dict[str, Tensor], *moving: Tensor) -> Tensor:
+            now = dict(enumerate(parts)) | dict(zip(free, moving, strict=True))
+            return case.outputs(params, tree_unflatten(list(now.values()), whole))
+
+        before, linear = linearised(
+            outputs,
+            (case.params, *(parts[index] for index in free)),
+            (case.change, *(changes[index] for index in free)),
+        )
         change = case.outputs(case.moved, case.moved_x) - before
         lhs = case.codomain.norm(change - linear).amax()
         bound = case.bound(draw.t)

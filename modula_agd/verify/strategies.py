@@ -10,6 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from modula_agd.atom import Bias, Embedding, Linear, Scale
+from modula_agd.attention import QKV, Attention, MergeHeads
 from modula_agd.bond import (
     GELU,
     Abs,
@@ -26,7 +27,9 @@ from modula_agd.bond import (
 from modula_agd.convolution import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from modula_agd.loss import BinaryCrossEntropy, CrossEntropy, Huber, Loss, SquareLoss
 from modula_agd.module import Module
+from modula_agd.normalisation import LayerNorm, RMSNorm
 from modula_agd.pooling import AvgPool1d, AvgPool2d, AvgPool3d, MaxPool1d, MaxPool2d, MaxPool3d
+from modula_agd.position import Rotary
 from modula_agd.space import Features, Image, Logits, Sequence, Space, Volume
 from modula_agd.verify.descent_laws import Objective
 from modula_agd.verify.draw import (
@@ -38,6 +41,7 @@ from modula_agd.verify.draw import (
     ModuleDraw,
     NormDraw,
 )
+from modula_agd.wiring import each
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -98,7 +102,7 @@ def loss_draws() -> st.SearchStrategy[LossDraw]:
 WIDTHS = st.integers(1, 5)
 FACTORS = st.sampled_from([-1.5, -1.0, 0.25, 0.5, 2.0])
 KINKED = (ReLU, Abs, LeakyReLU, UnitBall)
-SMOOTH = (GELU, SiLU, Tanh, Sigmoid, Identity)
+SMOOTH = (GELU, SiLU, Tanh, Sigmoid, Identity, lambda: RMSNorm(eps=0.1), lambda: LayerNorm(eps=0.1))
 
 
 def linears(fan_out: Any, fan_in: Space, smooth: bool) -> st.SearchStrategy[Module]:
@@ -163,15 +167,31 @@ def _bonds(space: Space, smooth: bool) -> st.SearchStrategy[Module]:
 
 
 @st.composite
+def attentions(draw: st.DrawFn, space: Sequence) -> Module:
+    """Multi-head self-attention on a Sequence, causal or not, with rotary positions where heads allow them."""
+    heads = draw(st.sampled_from([h for h in (1, 2, 3) if space.width % h == 0]))
+    width = space.width // heads
+    projected: Module = QKV(heads, width, space.width, per_head=draw(st.booleans()))
+    if width % 2 == 0 and draw(st.booleans()):
+        projected = each(Rotary(), Rotary(), Identity()) @ projected
+    scale = draw(st.sampled_from([None, 0.5]))
+    mixed = MergeHeads() @ Attention(causal=draw(st.booleans()), scale=scale) @ projected
+    return Linear(space, space) @ mixed if draw(st.booleans()) else mixed
+
+
+@st.composite
 def same_space_modules(draw: st.DrawFn, space: Space, size: int, smooth: bool = False) -> Module:
     """A module from a space (Features, Sequence, Image or Volume) to itself, of at most about ``size`` layers."""
     if size <= 1:
         kinds = ["bond"]
         kinds += ["linear"] if isinstance(space, Features | Sequence) else []
         kinds += ["convolution"] if type(space) in CONVOLUTIONS else []
+        kinds += ["attention"] if isinstance(space, Sequence) else []
         what = draw(st.sampled_from(kinds))
         if what == "bond":
             return draw(_bonds(space, smooth))
+        if what == "attention" and isinstance(space, Sequence):
+            return draw(attentions(space))
         return draw(linears(space, space, smooth) if what == "linear" else convolutions(space))
     shape = draw(st.sampled_from(["compose", "sum", "scaled", "power", "product"]))
     part = same_space_modules(space, size // 2, smooth)

@@ -86,7 +86,9 @@ STRUCTURED: dict[str, Construction] = {
         STATIC | _CENTRED,
     ),
     "GroupNorm": Construction(GroupNorm(2, 16).bind(Image(4)), {"magnitude": _CORNER}, STATIC | _SPREAD | _CENTRED, 4),
-    "BatchNorm": Construction(BatchNorm(32).bind(Image(2)), {"magnitude": _CORNER}, STATIC | _SPREAD | _CENTRED, 4),
+    "BatchNorm": Construction(
+        BatchNorm(48).bind(Image(2)), {"magnitude": replace(_CORNER, batch=3)}, STATIC | _SPREAD | _CENTRED, 4
+    ),
     "Dropout": Construction(Dropout(0.3).bind(Features(4)), loose=STATIC | EXACT),
     "Shared": Construction(Shared("both", Linear(3, 3)) @ Shared("both", Linear(3, 3))),
     "each": Construction(

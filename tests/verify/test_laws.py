@@ -82,11 +82,8 @@ def _hold_on_random_trees(laws, trees, cases, first_seed, where):
             def __call__(self, subject, draw, where):
                 tree, inner = draw
                 if not super().applies(tree):
-                    tree = (
-                        next(iter(OBJECTIVES.values())).subject
-                        if isinstance(tree, Objective)
-                        else MODULES["Linear"].subject
-                    )
+                    known = OBJECTIVES if isinstance(tree, Objective) else MODULES
+                    tree = next(c.subject for c in known.values() if super(OnTrees, self).applies(c.subject))
                 return super().__call__(tree, inner, where)
 
         finding = run(
