@@ -11,7 +11,6 @@ from modula_agd.method import Method
 from modula_agd.module import Module
 from modula_agd.run import Constants
 
-
 MOMENTUM = 0.95
 """β where nothing else is asked for: the one value that was chosen, by training losses alone (docs/benchmarks.md)."""
 

@@ -11,7 +11,7 @@ from modula_agd.train.architecture import ARCHITECTURES
 from modula_agd.train.catalogue import CONTEXT, EVERY_NAME, source
 from modula_agd.train.objective import LOSSES
 
-METHOD = "agd"
+METHOD = "held-out"
 """The default of ``--method``."""
 
 METHODS_ABOUT = {
