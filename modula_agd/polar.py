@@ -6,7 +6,8 @@ fastest in the spectral norm. Three things live here:
 * ``polar``: an iteration of odd polynomials, X ← aX + bX(XᵀX) + cX(XᵀX)², using matrix products alone. Each polynomial is
   the best approximation of 1 on the interval that the previous one reaches (Amsel, Persson, Musco, Gower 2025, *The
   Polar Express*, arXiv:2505.16932). The last is divided by its largest value, so that no singular value ends above 1.
-  A singular value below ``SMALLEST`` of the largest falls short of 1; it never overshoots.
+  A singular value below ``SMALLEST`` of the matrix's Schatten 4-norm falls short of 1; it never overshoots. For wide (or
+  tall) matrices the polynomials are composed on the small Gram matrix, three at a time.
 * ``polar_by_svd``: the slow, exact reference.
 * ``largest_singular_value_bound``: Gram iteration (Delattre, Barthélemy, Araujo, Allauzen 2023, arXiv:2305.16173), an
   upper bound at every step. Power iteration would be a lower bound, which certifies nothing.
@@ -21,7 +22,7 @@ from modula_agd.error import InvalidArgument
 from modula_agd.rescale import rescale
 
 SMALLEST = 1e-3
-"""Singular values above this share of the largest end between 0.997 and 1."""
+"""Singular values above this share of the Schatten 4-norm, (Σ sⱼ⁴)^(1/4), end between 0.997 and 1."""
 
 # Minimax odd quintics on [SMALLEST, 1], each shrunk by 1e-4 so that rounding cannot leave the next one's interval, the
 # last also divided by its largest value. tests/test_polar.py derives the table again by Remez exchange.
@@ -33,6 +34,14 @@ SCHEDULE = (
     (2.2735226194, -1.6444959019, 0.4161493084),
     (1.8867981277, -1.2638724057, 0.3761365550),
 )
+
+
+GRAM_SIDE = 1.5
+"""From this ratio of long to short side on, fewer operations are needed on the Gram matrix than on the matrix itself."""
+
+GROUPS = (SCHEDULE[:3], SCHEDULE[3:])
+"""Polynomials that may be composed on one Gram matrix: rounding, which they magnify for small singular values, is left behind
+when the next group starts from a fresh one."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -48,7 +57,8 @@ def polar(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch ro
 
     Returns:
         A matrix of the same shape and dtype: zero where the input is zero (or denormal); singular values within
-        [0.997, 1] for those of the input above ``SMALLEST`` of its largest, less for smaller ones. Above 1 by at most
+        [0.997, 1] for those of the input above ``SMALLEST`` of its Schatten 4-norm, which is at most rank^(1/4) times the
+        largest of them; less for smaller ones. Above 1 by at most
         rounding: 1e-5 in float32, 1e-9 in float64, and one rounding to the nearest for half precision.
     """
     wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
@@ -58,12 +68,31 @@ def polar(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch ro
     ceiling = torch.linalg.matrix_norm(gram, keepdim=True).sqrt() * (1 + 16 * torch.finfo(x.dtype).eps)
     ceiling = ceiling.masked_fill(ceiling == 0, 1.0)
     x, gram = x / ceiling, gram / ceiling.square()
-    for index, (a, b, c) in enumerate(SCHEDULE):
-        if index > 0:
-            gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    if x.shape[-1] >= GRAM_SIDE * x.shape[-2]:
+        for index, group in enumerate(GROUPS):
+            x = _factor(gram if index == 0 else x @ x.mT, group) @ x
+    else:
+        for index, (a, b, c) in enumerate(SCHEDULE):
+            if index > 0:
+                gram = x @ x.mT
+            x = a * x + (b * gram + c * (gram @ gram)) @ x
     orthogonal = x.to(matrix.dtype)
     return orthogonal if wide is matrix else orthogonal.mT
+
+
+def _factor(
+    gram: Float[Tensor, "*batch rows rows"], polynomials: tuple[tuple[float, float, float], ...]
+) -> Float[Tensor, "*batch rows rows"]:
+    """The matrix Q that some polynomials together multiply X with, from XXᵀ alone: each is X ← P·X with P = aI + bG + cG²."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    product = identity
+    for index, (a, b, c) in enumerate(polynomials):
+        step = a * identity + b * gram + c * (gram @ gram)
+        product = step if index == 0 else step @ product
+        if index + 1 < len(polynomials):
+            # P and G commute, and the next Gram matrix is P·G·P
+            gram = step @ gram @ step
+    return product
 
 
 def polar_by_svd(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch rows cols"]:

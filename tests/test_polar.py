@@ -126,6 +126,26 @@ def test_a_singular_value_below_the_smallest_falls_short_and_does_not_overshoot(
     assert 0.01 < small < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [0.0, -2.0, -5.0])
+def test_the_gram_side_and_the_direct_iteration_agree(
+    spread: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = with_singular_values(torch.logspace(spread, 0, 12), 12, 50).to(dtype)
+    small = polar(matrix)
+    monkeypatch.setattr("modula_agd.polar.GRAM_SIDE", torch.inf)
+    direct = polar(matrix)
+    assert not torch.equal(small, direct)
+    # singular values far below the smallest are rounding in float32 either way
+    assert torch.linalg.matrix_norm(small - direct, ord=2) < (1e-3 if dtype == torch.float32 else 1e-9)
+    assert torch.linalg.matrix_norm(small, ord=2) <= 1 + overshoot(dtype, 12)
+
+
+def test_singular_values_are_near_1_above_the_stated_share_of_the_schatten_norm() -> None:
+    values = torch.cat([torch.ones(20), torch.tensor([1.1e-3 * 20**0.25])]).double()
+    assert torch.linalg.svdvals(polar(with_singular_values(values, 21, 21))).amin() > 0.997
+
+
 def test_polar_by_svd_is_a_partial_isometry_at_lower_rank() -> None:
     values = torch.linalg.svdvals(polar_by_svd(MATRICES["rank 2"]))
     assert torch.allclose(values[:2], ONES[:2])
