@@ -103,6 +103,7 @@ from modula_agd.space import Mask as Mask
 from modula_agd.space import Sequence as Sequence
 from modula_agd.space import Space as Space
 from modula_agd.space import Tokens as Tokens
+from modula_agd.space import Tuple as Tuple
 from modula_agd.space import Volume as Volume
 from modula_agd.transformer import GPT as GPT
 from modula_agd.transformer import Transformer as Transformer

@@ -218,8 +218,9 @@ class Attention(Bond):
         alike = len({part.heads for part in heads}) == 1 and len(parts) == len(heads) == 3
         if not alike or heads[0].width != heads[1].width:
             raise SpaceMismatch(
-                f"{self!r} takes queries, keys and values of as many heads (queries and keys of one width), or those and a Mask, "
-                f"but was given {domain}. Put a QKV, or three projections into Heads written as a tuple, before it."
+                f"{self!r} takes queries, keys and values in the same number of heads, queries and keys of one width, or those and "
+                f"a Mask, but was given {domain}. Put a QKV, or three projections into Heads written as a tuple, before it; keys "
+                "and values that groups of heads share must be repeated for each head."
             )
         return heads[0], heads[1], heads[2]
 
@@ -246,6 +247,11 @@ class Attention(Bond):
         scale = 1 / q.shape[-1] if self.scale is None else self.scale
         if mask is None:
             return functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=scale)
+        if mask.dtype != torch.bool:
+            # torch would add numbers to the scores, which hides nothing
+            raise SpaceMismatch(
+                f"{self!r} was given a mask of {mask.dtype}. Pass booleans, True where a position is no padding: mask.bool()."
+            )
         seen = mask[..., None, None, :]
         if self.causal:
             seen = seen & torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()

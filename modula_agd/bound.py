@@ -105,6 +105,24 @@ class Bound:
         new = () if assumption in self.assumptions else (assumption,)
         return replace(self, grade=min(self.grade, grade), assumptions=self.assumptions + new)
 
+    def facts(self) -> list[tuple[str, str]]:
+        """What does not depend on t, each with its name: for people."""
+        return [
+            ("depth D", f"{float(self.depth):.6g}"),
+            ("ceiling depth D̄", f"{float(self.ceiling):.6g}"),
+            ("output magnitude a", f"{float(self.magnitude):.6g}"),
+            ("grade", str(self.grade)),
+            *(("rests on", assumption) for assumption in self.assumptions),
+        ]
+
+    def __str__(self) -> str:
+        return aligned(self.facts())
+
+
+def aligned(facts: Sequence[tuple[str, str]]) -> str:
+    """One line per fact, values below each other."""
+    return "\n".join(f"{name:<20}{value}" for name, value in facts)
+
 
 def larger(x: Number, y: Number) -> Number:
     """max(x, y) for floats and for arrays, exactly, without asking an array for its value (no wait for a device)."""

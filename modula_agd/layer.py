@@ -149,6 +149,11 @@ class Bond(Module, ABC):
                         f"the bond {cls.__name__} does not declare `{name}`. Declare its Lipschitz constant as "
                         "`gain = Gain.exact(value, source)` and ‖φ(0)‖ as `at_zero = value`."
                     )
+            if isinstance(getattr(cls, "gain", None), int | float):
+                raise UnknownBound(
+                    f"the bond {cls.__name__} declares `gain` as the bare number {getattr(cls, 'gain')}. Say whence it comes: "  # noqa: B009
+                    "`gain = Gain.exact(value, source)`, or `Gain.of(...)` where the worst case and the typical one differ."
+                )
 
     @property
     def limit(self) -> float:
@@ -177,7 +182,12 @@ class Bond(Module, ABC):
         return codomain if type(self).codomain_of is Bond.codomain_of else None
 
     def rule(self, x: Any, gain: float) -> Any:
-        """How the bound passes, with the Lipschitz constant to use."""
+        """How the bound passes, with the Lipschitz constant to use; of a tuple, a tuple of bounds is passed in."""
+        if isinstance(x, tuple):
+            raise UnknownBound(
+                f"{self!r} takes a tuple, of which one Lipschitz constant says nothing. Override rule(self, x, gain), where x holds "
+                "one bound for each part, by a rule of modula_agd.bound, such as total, product or attention."
+            )
         limit = getattr(self, "at_zero") + gain * x.magnitude  # noqa: B009 (declared by every final subclass)
         if math.isfinite(self.limit):
             limit = algebra.smaller(limit, self.limit)

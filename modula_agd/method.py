@@ -14,6 +14,8 @@ the same point; with β the momentum,
     m_t = β·m_{t−1} + (1 − β)·g_t       t = argmin of the majorant at max(Ŝ_t, 0)
 
 The expectation of s_t over the fresh batch is the true descent along u_t. As signal drowns in noise Ŝ → 0, and the step with it.
+One wild measurement must not set the steps of the next twenty: an s_t beyond ``OUTLIER`` root-mean-squares of those before it
+counts as that many. Where a product network's weights had outgrown their declared sizes, loss and step drove each other up without.
 
 All scalars stay on the device, so that a step waits for nothing.
 """
@@ -40,6 +42,9 @@ from modula_agd.space import Space
 
 Scalar = Float[Tensor, ""]
 
+OUTLIER = 3.0
+"""Root-mean-squares from which a measured descent is cut: three standard deviations of pure noise."""
+
 
 class State(NamedTuple):
     """What the last update did; tensors only, on the parameters' device, double precision.
@@ -55,7 +60,9 @@ class State(NamedTuple):
         sizes: ω_k of each parameter.
         steps: number of updates.
         skipped: number of them left out because of a non-finite gradient.
-        smoothed: Ŝ times its normaliser 1 − β^steps; 0 without momentum.
+        smoothed: Ŝ times ``weight``; 0 without momentum, as are the next two.
+        scale: the mean of s² times ``weight``.
+        weight: 1 − β^n after n measurements, the sum of what they weigh.
         momentum: m of each parameter that has had a gradient; empty without momentum.
     """
 
@@ -70,6 +77,8 @@ class State(NamedTuple):
     steps: Int[Tensor, ""]
     skipped: Int[Tensor, ""]
     smoothed: Scalar
+    scale: Scalar
+    weight: Scalar
     momentum: dict[str, Tensor]
 
 
@@ -173,6 +182,8 @@ class Method:
             steps=count,
             skipped=count,
             smoothed=zero,
+            scale=zero,
+            weight=zero,
             momentum={},
         )
 
@@ -229,15 +240,9 @@ class Method:
         if not masked:
             self._raise_nonfinite(pairs * sizes)
 
-        usable = torch.where(finite, descent, 0.0)
-        smoothed = state.smoothed
+        usable, smoothed, scale, weight = self._measured(descent, finite, state)
         if self.momentum is not None:
-            smoothed = torch.where(finite, smoothed.lerp(usable, 1 - self.momentum), smoothed)
-            # a skipped batch counts in no mean
-            seen = (state.steps - state.skipped + finite.to(state.steps.dtype)).to(smoothed.dtype)
-            usable = torch.where(finite, smoothed / (1 - self.momentum**seen).clamp(min=1e-12), 0.0)
-            # a zero gradient means a zero step, of the whole or of one weight, whatever the past says
-            usable = torch.where(descent == 0, 0.0, usable)
+            # a zero gradient means a zero step of its weight, whatever the past says
             reach = reach * (pairs != 0)
         majorant = self._majorant(usable.clamp(min=0.0), sizes, device, evidence)
         best = self.search.minimum(majorant)
@@ -265,6 +270,8 @@ class Method:
             steps=state.steps + 1,
             skipped=state.skipped + (~finite).to(state.skipped.dtype),
             smoothed=smoothed,
+            scale=scale,
+            weight=weight,
             momentum=self._renewed(state.momentum, grads, finite if masked else None),
         )
         return updates, after
@@ -272,6 +279,20 @@ class Method:
     def check(self, state: State) -> None:
         """Raise ``NonFiniteGradient`` if the update behind ``state`` met one. Waits for the device."""
         self._raise_nonfinite(state.descents * state.sizes)
+
+    def _measured(self, descent: Scalar, finite: Tensor, state: State) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+        """The descent to reckon with, and the state's ``smoothed``, ``scale`` and ``weight`` with s_t counted in."""
+        now = torch.where(finite, descent, 0.0)
+        smoothed, scale, weight = state.smoothed, state.scale, state.weight
+        if self.momentum is None:
+            return now, smoothed, scale, weight
+        # neither a skipped batch nor a zero gradient is a measurement
+        share = (1 - self.momentum) * (now != 0).to(now.dtype)
+        bound = torch.where(weight > 0, OUTLIER * (scale / weight.clamp(min=1e-12)).sqrt(), torch.inf)
+        cut = torch.minimum(torch.maximum(now, -bound), bound)
+        smoothed, scale = smoothed.lerp(cut, share), scale.lerp(cut.square(), share)
+        weight = weight.lerp(torch.ones_like(weight), share)
+        return torch.where(now == 0, 0.0, smoothed / weight.clamp(min=1e-12)), smoothed, scale, weight
 
     def _renewed(
         self, momentum: Mapping[str, Tensor], grads: Mapping[str, Tensor | None], finite: Tensor | None

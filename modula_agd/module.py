@@ -31,7 +31,7 @@ from modula_agd.bound import Bound, Number
 from modula_agd.error import InvalidArgument, SpaceMismatch, UnknownBound
 from modula_agd.norm import Norm
 from modula_agd.run import EVALUATION, Constants, Parameters, Run, Step, Weighted
-from modula_agd.space import Mask, Sequence, Space, Tokens, Tuple, positive
+from modula_agd.space import Mask, Sequence, Space, Tokens, Tuple, brief, positive
 from modula_agd.summary import Row, summary
 from modula_agd.torch_module import TorchModule
 
@@ -132,12 +132,12 @@ class Module(ABC):
         if isinstance(self.domain, Sequence) and x.ndim == self.domain.sample:
             # [batch, features] fits too, and attention would mix the samples
             raise SpaceMismatch(
-                f"{self!r} was trained on a tensor of shape {tuple(x.shape)}, but takes {self.domain} = {self.domain.shape}. Pass "
+                f"{brief(self)} was trained on a tensor of shape {tuple(x.shape)}, but takes {self.domain} = {self.domain.shape}. Pass "
                 f"{x.shape[0]} samples of one position as x[:, None], one sample of {x.shape[0]} positions as x[None]."
             )
         if generator is not None and not isinstance(generator, torch.Generator):
             raise InvalidArgument(
-                f"{self!r} was run with generator={generator!r}. Pass a torch.Generator, such as "
+                f"{brief(self)} was run with generator={generator!r}. Pass a torch.Generator, such as "
                 "torch.Generator().manual_seed(0)."
             )
         run = Run(True, generator, buffers or {})
@@ -146,15 +146,15 @@ class Module(ABC):
     def _check(self, params: object, x: Any, buffers: object) -> None:
         if not isinstance(params, Mapping):
             raise InvalidArgument(
-                f"{self!r} was given {type(params).__name__} in the place of its parameters. Pass the dictionary that "
+                f"{brief(self)} was given {type(params).__name__} in the place of its parameters. Pass the dictionary that "
                 "network.init() returns, or dict(model.named_parameters()), and then the inputs."
             )
         if self.domain is not None:
             self.domain.check(x, self)
         if buffers is not None and not isinstance(buffers, Mapping):
             raise InvalidArgument(
-                f"{self!r} was given {type(buffers).__name__} in the place of its running statistics. Pass the dictionary that "
-                "network.run returned, and a generator by name."
+                f"{brief(self)} was given {type(buffers).__name__} in the place of its running statistics. Pass the dictionary "
+                "that network.run returned, a generator by name, and several inputs, such as a mask, as one tuple."
             )
 
     def buffers(
@@ -221,7 +221,7 @@ class Module(ABC):
         end = self.propagate(_source(self.domain, magnitude), Step(t, constants, sizes or {}))
         if not isinstance(end, Bound):
             raise UnknownBound(
-                f"{self!r} gives a tuple, which has no single bound. Compose it with Multiply() or the like."
+                f"{brief(self)} gives a tuple, which has no single bound. Compose it with Multiply() or the like."
             )
         return end
 
@@ -272,9 +272,16 @@ class Module(ABC):
     def __str__(self) -> str:
         rows = [Row(name, repr(atom), atom.shape, str(atom.norm), atom.mass) for name, atom in self.weights().items()]
         try:
-            return summary(rows, self.bound())
+            return summary(rows, self.bound(), self._certifiable())
+        except UnknownBound as error:
+            return f"{self!r}\n(no table: {error})" if rows else repr(self)
+
+    def _certifiable(self) -> bool:
+        """Whether the proved constants, which a certified step takes, bound the second order too."""
+        try:
+            return self.bound(constants="proved").error is not None
         except UnknownBound:
-            return repr(self)
+            return False
 
 
 def _declared(atom: Weighted) -> tuple[tuple[int, ...], Norm, float, float]:
@@ -293,10 +300,14 @@ def _source(domain: Space | None, magnitude: Number) -> Any:
 
 def mismatch(module: Module, takes: object, given: object) -> str:
     """The text of a ``SpaceMismatch`` where two modules meet."""
-    return (
-        f"{module!r} takes {takes}, but the module before it gives {given}. Change one of the two, "
-        f"build this one for {given}, or put a module between them that maps {given} to {takes} (Flatten, Mean, a Linear)."
+    several = isinstance(given, Tuple) and not isinstance(takes, Tuple)
+    remedy = (
+        "Add the branches with +, or put a module between them that takes a tuple (Multiply, Attention, Take)."
+        if several
+        else f"Change one of the two, build this one for {given}, or put a module between them that maps {given} to {takes} "
+        "(Flatten, Mean, a Linear)."
     )
+    return f"{brief(module)} takes {takes}, but the module before it gives {given}. {remedy}"
 
 
 def _agreeing(parts: tuple[Module, ...], sign: str) -> tuple[Module, ...]:
@@ -304,7 +315,7 @@ def _agreeing(parts: tuple[Module, ...], sign: str) -> tuple[Module, ...]:
     domains = dict.fromkeys(part.domain for part in parts if part.domain is not None)
     if len(domains) > 1:
         raise SpaceMismatch(
-            f"{f' {sign} '.join(map(repr, parts))}: the branches take {' and '.join(map(str, domains))}, not one space"
+            f"{f' {sign} '.join(map(brief, parts))}: the branches take {' and '.join(map(str, domains))}, not one space"
         )
     return tuple(part.bind(domain) for part in parts for domain in domains) if domains else parts
 
@@ -422,7 +433,7 @@ class Sum(Composite):
         codomains = dict.fromkeys(part.codomain for part in self.parts if part.codomain is not None)
         if len(codomains) > 1:
             raise SpaceMismatch(
-                f"{self!r}: the branches give {' and '.join(map(str, codomains))}, which cannot be added. "
+                f"{brief(self)}: the branches give {' and '.join(map(str, codomains))}, which cannot be added. "
                 "Let every branch end in the same space."
             )
 
@@ -439,7 +450,13 @@ class Sum(Composite):
     def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Any:
         first, *rest = self._each(lambda part, name: part.apply(params, x, name, run), path)
         for value in rest:
-            first = first + value
+            try:
+                first = first + value
+            except RuntimeError as error:
+                raise SpaceMismatch(
+                    f"the branches of {brief(self)} gave {tuple(first.shape)} and {tuple(value.shape)}, which cannot be added. Let "
+                    "every branch keep as many positions: pad a convolution, or give inputs that its strides divide."
+                ) from error
         return first
 
     def propagate(self, x: Any, step: Step, path: str = "") -> Any:

@@ -58,6 +58,12 @@ def per_dimension(what: str, value: Any, dims: int, least: int = 1) -> tuple[int
     return tuple(int(x) for x in values)
 
 
+def brief(thing: object, width: int = 120) -> str:
+    """Its ``repr`` for an error's text, where a whole network would drown the facts: the ends of it."""
+    text = repr(thing)
+    return text if len(text) <= width else f"{text[: width * 2 // 3]} … {text[-width // 3 :]}"
+
+
 class Space(ABC):
     """What an activation may be. Two spaces fit when they are equal."""
 
@@ -90,11 +96,17 @@ class Space(ABC):
     def check(self, x: Tensor, taker: object) -> None:
         """Raise ``SpaceMismatch``, naming the ``taker`` of the input, unless ``x`` belongs here."""
         if not isinstance(x, self.kind) or not self.fits(x):
-            shape = (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else type(x).__name__
             raise SpaceMismatch(
-                f"{taker!r} takes {self} = {self.shape}, but got {shape}. "
+                f"{brief(taker)} takes {self} = {self.shape}, but got {_described(x)}. "
                 "Reshape the batch, or build the network for the shape that the data has."
             )
+
+
+def _described(x: object) -> object:
+    """What an error says of an activation: shape and dtype of a tensor, of each part of a tuple."""
+    if isinstance(x, tuple):
+        return f"({', '.join(str(_described(part)) for part in x)})"
+    return (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else type(x).__name__
 
 
 def _rms(x: Tensor, dim: int) -> Tensor:
@@ -224,7 +236,7 @@ class Heads(Space):
 
     Args:
         heads: number of heads.
-        width: features of each head.
+        size: features of each head.
     """
 
     heads: int
@@ -278,8 +290,11 @@ class Tuple(Space):
     """Several activations side by side, each measured on its own; the norm is the largest."""
 
     parts: tuple[Space, ...]
-    shape: ClassVar[str] = "a tuple of tensors"
     kind: ClassVar[type] = tuple
+
+    @property
+    def shape(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return f"a tuple of {', '.join(part.shape for part in self.parts)}"
 
     @property
     def width(self) -> int:
@@ -298,8 +313,12 @@ class Tuple(Space):
     def dual(self, gradient: Num[Tensor, "batch *shape"]) -> Num[Tensor, " batch"]:
         return torch.stack([part.dual(g) for part, g in zip(self.parts, gradient, strict=True)]).sum(0)
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         return f"({', '.join(map(str, self.parts))})"
+
+    def __repr__(self) -> str:
+        # code that builds it, which Python's own tuple is not
+        return f"Tuple({self.parts!r})"
 
 
 POSITIONED: dict[int, type[Space]] = {1: Sequence, 2: Image, 3: Volume}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from modula_agd.bound import Bound
+from modula_agd.bound import Bound, aligned
 
 
 class Row(NamedTuple):
@@ -16,18 +16,20 @@ class Row(NamedTuple):
     mass: float
 
 
-def summary(rows: Sequence[Row], bound: Bound) -> str:
+def summary(rows: Sequence[Row], bound: Bound, certifiable: bool) -> str:
     """One line per atom, then the bound of the whole.
 
     Args:
         rows: the atoms in order of application.
         bound: the network's bound at t = 0.
+        certifiable: whether its proved constants bound the second order.
 
     Returns:
-        A table; its last column is m/D̄, the part of η by which a closed-form step moves that atom, relative to its size.
+        A table; its last column is m/D, the part of η by which a step of ``ExactGrowth`` (the default) moves that atom, relative
+        to its size.
     """
     header = ("parameter", "module", "shape", "norm", "mass", "share of η")
-    ceiling = float(bound.ceiling)
+    depth = float(bound.depth)
     body = [
         (
             r.name,
@@ -35,7 +37,7 @@ def summary(rows: Sequence[Row], bound: Bound) -> str:
             "×".join(map(str, r.shape)),
             r.norm,
             f"{r.mass:g}",
-            f"{r.mass / ceiling:.4f}" if ceiling else "0",
+            f"{r.mass / depth:.4f}" if depth else "0",
         )
         for r in rows
     ]
@@ -45,12 +47,7 @@ def summary(rows: Sequence[Row], bound: Bound) -> str:
         for line in (header, *body)
     ]
     lines.insert(1, "─" * (sum(widths) + 2 * (len(widths) - 1)))
-    facts = [
-        ("depth D", f"{float(bound.depth):.6g}"),
-        ("ceiling depth D̄", f"{float(bound.ceiling):.6g}"),
-        ("output magnitude a", f"{float(bound.magnitude):.6g}"),
-        ("second order", "bounded" if bound.error is not None else "not bounded: certified steps are unavailable"),
-        ("grade", str(bound.grade)),
-        *(("rests on", assumption) for assumption in bound.assumptions),
-    ]
-    return "\n".join([*lines, lines[1], *(f"{name:<20}{value}" for name, value in facts)])
+    order = "bounded" if certifiable else "not bounded: certified steps are unavailable"
+    facts = bound.facts()
+    facts.insert(3, ("second order", order))
+    return "\n".join([*lines, lines[1], aligned(facts)])

@@ -129,6 +129,15 @@ def test_causal_attention_does_not_depend_on_later_positions(rotary: bool) -> No
         assert (slope > 0).tolist() == [position <= time for position in range(5)]
 
 
+def test_a_mask_of_numbers_is_refused_where_the_network_has_no_domain_to_refuse_it() -> None:
+    net = MergeHeads() @ Attention() @ (QKV(2, 3, 6) @ Take(0), Take(1))
+    assert net.domain is None
+    x, mask = gaussian(2, 4, 6), torch.ones(2, 4, dtype=torch.bool)
+    assert net(net.init(0, **F64), (x, mask)).shape == (2, 4, 6)
+    with pytest.raises(SpaceMismatch, match=r"a mask of torch\.float32.*mask\.bool"):
+        net(net.init(0, **F64), (x, mask.float()))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_is_as_good_as_cutting_the_sequence(causal: bool) -> None:
     lengths = torch.tensor([5, 3, 1])

@@ -305,3 +305,15 @@ def test_the_algebra_imports_no_tensor_library() -> None:
     }
     # the errors import nothing themselves
     assert imported <= {"collections.abc", "dataclasses", "enum", "typing", "modula_agd.error"}
+
+
+def test_a_bound_prints_one_fact_a_line() -> None:
+    lines = str(X.assuming("inputs are small")).splitlines()
+    assert [line[:20].strip() for line in lines] == [
+        "depth D",
+        "ceiling depth D̄",
+        "output magnitude a",
+        "grade",
+        "rests on",
+    ]
+    assert [line[20:].strip() for line in lines] == ["3", "4", "2", "assumed", "inputs are small"]

@@ -21,8 +21,10 @@ from modula_agd import (
     Method,
     Sequence,
     SquareLoss,
+    SwiGLU,
     Tanh,
     agd,
+    residual,
 )
 
 NET = Linear(3, 6) @ Tanh() @ Linear(6, 4)
@@ -46,6 +48,7 @@ def test_thirty_steps_equal_a_slow_reference() -> None:
     mine, state = dict(params), method.init(params)
     past: list[dict[str, Tensor]] = []
     measured: list[float] = []
+    cuts = 0
     for step in range(30):
         grads = gradients(method, params, *batch(step))
         if past:
@@ -54,7 +57,13 @@ def test_thirty_steps_equal_a_slow_reference() -> None:
         else:
             momentum = grads
         directions = {name: atom.norm.direction(momentum[name]).dense() for name, atom in NET.weights().items()}
-        measured.append(sum(float((grads[name] * u).sum()) for name, u in directions.items()))
+        raw = sum(float((grads[name] * u).sum()) for name, u in directions.items())
+        if measured:
+            ages = [BETA ** (len(measured) - 1 - i) for i in range(len(measured))]
+            spread = math.sqrt(sum(w * s * s for w, s in zip(ages, measured, strict=True)) / sum(ages))
+            cuts += abs(raw) > 3 * spread
+            raw = max(min(raw, 3 * spread), -3 * spread)
+        measured.append(raw)
         norm = sum(BETA ** (len(measured) - 1 - i) for i in range(len(measured)))
         smoothed = sum(BETA ** (len(measured) - 1 - i) * s for i, s in enumerate(measured)) / norm
         plan = method._plan(torch.device("cpu"))
@@ -114,13 +123,45 @@ def test_steps_shrink_where_gradients_are_noise_alone() -> None:
     assert total[held] < 0.4 * total[direct]
 
 
+def test_an_outlier_counts_as_three_root_mean_squares() -> None:
+    method = agd(NET, SquareLoss(), momentum=BETA)
+    params = NET.init(0, dtype=torch.float64)
+    grads = gradients(method, params, *batch(0))
+    state = method.init(params)
+    for _ in range(20):
+        _, state = method.update(grads, state, params)
+    usual = float(state.descent)
+    wild = {name: 1e6 * value for name, value in grads.items()}
+    _, after = method.update(wild, state, params)
+    assert float(after.descent) == pytest.approx(1e6 * usual)
+    norm = 1 - BETA**21
+    assert float(after.smoothed / norm) == pytest.approx(usual * (1 + (1 - BETA) / norm * 2), rel=1e-6)
+
+
+def test_a_product_network_that_outgrows_its_sizes_does_not_run_away() -> None:
+    """Without the cut, loss and step drive each other up to infinity here within 300 steps."""
+    net = Linear(3, 8) @ residual(SwiGLU(8, 16), 4) @ Linear(8, 4)
+    method = agd(net, SquareLoss())
+    params, (inputs, targets) = net.init(0, dtype=torch.float64), batch(0, samples=32)
+    inputs = inputs / inputs.square().mean(1, keepdim=True).sqrt()
+    state, values = method.init(params), []
+    gradient = torch.func.grad_and_value(method.objective)
+    for _ in range(400):
+        grads, value = gradient(params, inputs, targets)
+        updates, state = method.update(grads, state, params)
+        params = {name: weight + updates[name] for name, weight in params.items()}
+        values.append(float(value))
+    assert max(values) < 3 * values[0]
+    assert values[-1] < 0.5 * values[0]
+
+
 def test_state_is_one_buffer_of_the_weights_size_and_scalars() -> None:
     method = agd(NET, SquareLoss(), momentum=BETA)
     params = NET.init(0)
     _, state = method.update(gradients(method, params, *[x.float() for x in batch(0)]), method.init(params), params)
     weights = sum(weight.numel() for weight in params.values())
     assert sum(value.numel() for value in state.momentum.values()) == weights
-    assert sum(value.numel() for value in tree_leaves(state)) <= weights + 2 * len(params) + 10
+    assert sum(value.numel() for value in tree_leaves(state)) <= weights + 2 * len(params) + 12
     assert method.init(params).momentum == {}
 
 

@@ -162,3 +162,31 @@ def test_a_missing_parameter_is_named_with_those_that_are_there() -> None:
     del params["2.weight"]
     with pytest.raises(InvalidArgument, match=r"parameter '2\.weight'.*\['0\.weight'\]"):
         net(params, torch.ones(1, 3))
+
+
+def test_a_bare_number_is_no_gain() -> None:
+    with pytest.raises(UnknownBound, match=r"the bond Bare declares `gain` as the bare number 1\.0.*Gain\.exact"):
+
+        @dataclass(frozen=True)
+        class Bare(Bond):
+            gain: ClassVar[float] = 1.0
+            at_zero: ClassVar[float] = 0.0
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x
+
+
+def test_a_bond_on_a_tuple_needs_a_rule_of_its_own() -> None:
+    @dataclass(frozen=True)
+    class First(Bond):
+        gain: ClassVar[Gain] = Gain.exact(1.0, "nothing happens")
+        at_zero: ClassVar[float] = 0.0
+
+        def codomain_of(self, domain: Space) -> Space:
+            return Features(3)
+
+        def forward(self, x: Any) -> Tensor:
+            return x[0]
+
+    with pytest.raises(UnknownBound, match=r"First\(\) takes a tuple.*Override rule"):
+        (First() @ (Linear(3, 3), Linear(3, 3))).bound()

@@ -23,18 +23,24 @@ from modula_agd import (
     LeakyReLU,
     Linear,
     Logits,
+    Mask,
     MaxPool2d,
     Mean,
     Module,
     Multiply,
     ReLU,
+    RMSNorm,
     Scale,
     Sequence,
     SpaceMismatch,
+    SquareLoss,
+    Take,
     Tanh,
     Tokens,
+    Tuple,
     UnitBall,
     UnknownBound,
+    agd,
 )
 from modula_agd.module import Branches, Compose, Scaled, Sum
 from support import gaussian, seeded
@@ -84,7 +90,10 @@ def test_the_right_module_acts_first() -> None:
         (lambda: Multiply() @ Linear(4, 3), ["Multiply()", "pair", "Features(4)"]),
         (lambda: Multiply() @ (Linear(4, 3), Linear(5, 3)), ["Multiply()", "Features(4)", "Features(5)"]),
         (lambda: Multiply() @ (Identity(), Mean()) @ Conv2d(2, 1), ["Multiply()", "Image(2)", "Features(2)"]),
-        (lambda: Linear(4, 3) @ (Linear(3, 2), Linear(3, 2)), ["Linear(4, 3)", "Features(3)", "(Features(3), "]),
+        (
+            lambda: Linear(4, 3) @ (Linear(3, 2), Linear(3, 2)),
+            ["Linear(4, 3)", "Features(3)", "(Features(3), ", "Multiply"],
+        ),
         (lambda: Linear(4, 3) + Linear(5, 3), ["Linear(4, 3)", "Linear(5, 3)", "Features(4)", "Features(5)"]),
         (lambda: Linear(4, 3) + Linear(4, 5), ["Linear(4, 3)", "Linear(4, 5)", "Features(3)", "Features(5)"]),
         (lambda: Identity() + Linear(4, 3), ["Identity()", "Linear(4, 3)", "Features(3)", "Features(4)"]),
@@ -394,8 +403,8 @@ def test_the_printed_table_has_a_row_for_each_atom_and_the_bound_of_the_whole() 
     lines = str(net).splitlines()
     cells = [re.split(r"\s{2,}", line) for line in lines]
     assert cells[0] == ["parameter", "module", "shape", "norm", "mass", "share of η"]
-    assert cells[2] == ["0.weight", "Linear(3, 4)", "3×4", "Spectral()", "3", "0.7500"]
-    assert cells[3] == ["1.bias", "Bias(3)", "3", "RMS()", "1", "0.2500"]
+    assert cells[2] == ["0.weight", "Linear(3, 4)", "3×4", "Spectral()", "3", "0.7857"]  # 3/D, D = 1 + (3 + 0.1)/1.1
+    assert cells[3] == ["1.bias", "Bias(3)", "3", "RMS()", "1", "0.2619"]
     assert cells[4][:3] == ["3.weight", "Linear(Logits(2), 3)", "2×3"]
     assert cells[4][3] == "RowNorm(1.732)"
     assert lines[1] == lines[5] == "─" * len(lines[1])
@@ -419,3 +428,51 @@ def test_the_table_says_bounded_and_proved_where_that_is_so() -> None:
 def test_modules_without_atoms_or_without_a_single_bound_print_too() -> None:
     assert "depth D" in str(ReLU())
     assert str(Branches((Linear(2, 3), Linear(2, 3)))) == "(Linear(2, 3), Linear(2, 3))"
+
+
+def test_a_step_moves_each_atom_by_its_share_of_eta() -> None:
+    net = 0.5 * Identity() + 0.5 * (Linear(3, 3, mass=2.0) @ Linear(3, 3))
+    shares = [float(line.split()[-1]) for line in str(net).splitlines()[2:4]]
+    method = agd(net, SquareLoss(), momentum=None)
+    params = net.init(0, **F64)
+    grads = torch.func.grad(method.objective)(params, gaussian(5, 3), gaussian(5, 3))
+    updates, state = method.update(grads, method.init(params), params)
+    moved = [torch.linalg.matrix_norm(update, 2).item() for update in updates.values()]
+    # four decimals are printed, and the polar factor falls short of norm 1 by less than 1%
+    assert moved == pytest.approx([share * state.eta.item() for share in shares], rel=0.01)
+
+
+def test_the_table_calls_a_second_order_bounded_where_a_certified_step_is_to_be_had() -> None:
+    for net, text in ((Linear(2, 3) @ RMSNorm() @ Linear(3, 4), "bounded"), (Linear(2, 3) @ ReLU(), "not bounded: ")):
+        assert re.search(rf"second order\s+{text}", str(net))
+
+
+def test_a_network_that_has_no_table_yet_says_why() -> None:
+    net = Multiply() @ (Linear(3, 3) @ Take(0), Linear(3, 3) @ Take(1))
+    assert str(net).startswith(repr(net))
+    assert "no table: " in str(net)
+    assert "depth D" in str(net.bind(Tuple((Features(3), Features(3)))))
+
+
+def test_branches_whose_positions_differ_are_an_error_that_names_both() -> None:
+    net = Identity() + Conv2d(2, 2, 3)
+    with pytest.raises(SpaceMismatch, match=r"\(1, 2, 5, 5\) and \(1, 2, 3, 3\), which cannot be added"):
+        net(net.init(0), torch.zeros(1, 2, 5, 5))
+
+
+def test_the_network_in_an_error_is_cut_short_and_the_facts_are_not() -> None:
+    net = (ReLU() @ Linear(3, 3)) ** 50
+    assert len(repr(net)) > 1000
+    with pytest.raises(SpaceMismatch) as caught:
+        net(net.init(0), torch.zeros(2, 4))
+    assert len(str(caught.value)) < 400
+    assert "Features(3)" in str(caught.value)
+    assert "(2, 4)" in str(caught.value)
+
+
+def test_of_a_tuple_every_part_is_described() -> None:
+    net = Linear(2, 3) @ Take(0).bind(Tuple((Features(3), Mask())))
+    with pytest.raises(
+        SpaceMismatch, match=r"booleans, but got \(\(\(2, 3\), torch.float32\), \(\(2, 3\), torch.int64\)\)"
+    ):
+        net(net.init(0), (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64)))

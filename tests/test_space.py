@@ -96,6 +96,7 @@ def test_a_tuple_takes_the_largest_norm_and_adds_the_dual_norms() -> None:
     assert space.dual(pair).item() == pytest.approx(5 * math.sqrt(2) + 3)
     assert space.width == 4
     assert str(space) == "(Features(2), Logits(2))"
+    assert repr(space) == "Tuple((Features(2), Logits(2)))"
 
 
 def test_tokens_have_norm_1_and_no_dual_norm() -> None:

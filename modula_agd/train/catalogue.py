@@ -55,6 +55,11 @@ def kind(name: str) -> str:
 def check(name: str, given: Mapping[str, object]) -> None:
     """Raise ``InvalidArgument`` where an option is given that the data of that name do not have."""
     for option in given:
+        if option not in _OPTIONS:
+            raise InvalidArgument(
+                f"the option {option} was given for the data {name}, but the options of data are {', '.join(_OPTIONS)}, and "
+                "everywhere folder, flat and device."
+            )
         wanted, why = _OPTIONS[option]
         if source(name) != wanted:
             raise InvalidArgument(f"the option {option} was given for the data {name}, but {why}. Leave it out.")
@@ -62,7 +67,7 @@ def check(name: str, given: Mapping[str, object]) -> None:
 
 def task(
     name: str,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     *,
     flat: bool = False,
     device: torch.device | str = "cpu",
@@ -83,7 +88,7 @@ def task(
         DataError: files are missing or unreadable.
     """
     check(name, options)
-    place = torch.device(device)
+    place, folder = torch.device(device), None if folder is None else Path(folder)
     match source(name):
         case "memory":
             return ImageTask(classification(name, folder).to(place), flat, bool(options.get("augment", False)))

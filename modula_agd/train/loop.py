@@ -133,7 +133,7 @@ def train(
         method: made for a network that takes the task's inputs and gives one output per class.
         task: where the batches come from.
         schedule: how long, and how often to evaluate.
-        run: an existing folder for the log and, at each evaluation, the checkpoint.
+        run: a folder without a log, made if it is not there, for the log and, at each evaluation, the checkpoint.
         recipe: of the network, for the checkpoint, so that ``restore`` can build it again.
         progress: show a bar with loss, accuracy and η.
 
@@ -141,11 +141,14 @@ def train(
         The outcome; also after a ``KeyboardInterrupt``, which ends the run with what there is.
 
     Raises:
+        InvalidArgument: the folder holds the log of another run.
         NonFiniteGradient: a gradient held NaN or infinity; weights, log and checkpoint are as of the last evaluation.
     """
     require("the progress bar", "tqdm")
     from tqdm import tqdm
 
+    if run is not None:
+        run.begin()
     trainer = _Trainer(method, task, schedule.seed)
     point, meter = trainer.start(schedule.seed), Meter()
     per_epoch = task.per_epoch(schedule.batch_size)

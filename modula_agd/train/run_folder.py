@@ -90,6 +90,18 @@ class RunFolder:
             file.unlink(missing_ok=True)
         replace(self.config, (json.dumps(config, indent=2) + "\n").encode())
 
+    def begin(self) -> None:
+        """Make the folder unless it is there, for a log that starts at step 0.
+
+        Raises:
+            InvalidArgument: the folder holds a log, which two runs would share.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.log.exists():
+            raise InvalidArgument(
+                f"training was to begin in {self.path}, which holds the log of an earlier run. Name another folder, or delete it."
+            )
+
     def append(self, evaluation: Evaluation) -> None:
         """Add one line to the log, on disk before this returns to the loop."""
         with self.log.open("a", encoding="utf-8") as file:

@@ -176,7 +176,7 @@ def run(
 
 def _code(subject: Any) -> str:
     if isinstance(subject, Module) and not list(subject.atoms()) and subject.domain is not None:
-        return f"({subject!r}).bind({subject.domain})"
+        return f"({subject!r}).bind({subject.domain!r})"
     return repr(subject)
 
 

@@ -73,6 +73,9 @@ def load(name: str) -> Any:
     place, separator, attribute = name.rpartition(":")
     if not separator or not place or not attribute:
         raise InvalidArgument(f"verify was given {name!r}; write package.module:name or path/to/file.py:name")
+    # as `python -m` has it; the script that pip installs would not find a package that lies here
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         thing = getattr(module, attribute)

@@ -68,6 +68,15 @@ def test_training_learns_and_logs_each_evaluation(tmp_path):
     assert set(lines[-1]["relative_update"]) == set(outcome.params)
 
 
+def test_the_folder_is_made_and_one_with_a_log_is_refused(tmp_path):
+    run, schedule = RunFolder(tmp_path / "new" / "run"), Schedule(steps=1, batch_size=20, eval_every=1, seed=0)
+    train(method(), blobs(), schedule, run)
+    before = run.log.read_text()
+    with pytest.raises(InvalidArgument, match="holds the log of an earlier run"):
+        train(method(), blobs(), schedule, run)
+    assert run.log.read_text() == before
+
+
 def test_the_log_agrees_with_a_plain_loop():
     task, schedule = blobs(), Schedule(steps=3, batch_size=60, eval_every=3, seed=0)
     outcome = train(method(), task, schedule)

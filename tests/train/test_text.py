@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modula_agd import InvalidArgument
-from modula_agd.train import DataError, Task, TextTask, characters
+from modula_agd.train import DataError, Task, TextTask, characters, task
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 5
 
@@ -113,3 +113,9 @@ def test_tiny_shakespeare(data_dir):
     text = characters(folder=data_dir)
     assert len(text.vocabulary) == 65
     assert (len(text.train), len(text.validation)) == (1003854, 111540)
+
+
+def test_a_task_is_opened_by_name_with_a_path_or_its_text_and_known_options_alone(folder):
+    assert str(task("shakespeare", str(folder), context=4)) == str(task("shakespeare", folder, context=4))
+    with pytest.raises(InvalidArgument, match=r"the option data_dir was given.*augment, context, workers.*folder"):
+        task("shakespeare", data_dir=folder)

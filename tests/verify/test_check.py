@@ -19,6 +19,7 @@ from modula_agd import (
     Multiply,
     ReLU,
     SquareLoss,
+    Tuple,
 )
 from modula_agd.verify import Objective, Shaped, check
 from wrong_layers import FlatSquareLoss, ForgetfulCosine, OverconfidentReLU, Overshooting, RowwiseLinear
@@ -71,6 +72,11 @@ def test_a_false_claim_comes_with_code_that_reproduces_it():
     measurement = eval(lines[1], names)
     assert not measurement.holds()
     assert finding.worst > 1.01
+
+
+def test_the_code_of_a_bond_on_a_tuple_builds_it():
+    subject = Multiply().bind(Tuple((Features(2), Features(2))))
+    assert eval(check(subject, cases=1).findings[0].subject, dict(vars(modula_agd))) == subject
 
 
 def test_shrinking_finds_a_small_example():

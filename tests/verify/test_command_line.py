@@ -1,5 +1,6 @@
 """`modula-agd verify`: what it prints, and that its exit status tells."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,11 @@ def test_a_file_that_fails_to_load_is_a_mistake_and_neighbours_are_found(tmp_pat
     assert main(["verify", f"{tmp_path}/fails.py:x"]) == 2
     assert "ZeroDivisionError" in capsys.readouterr().err
     assert main(["verify", f"{tmp_path}/torch.py:layer", "--cases", "2", "--quiet"]) == 0
+
+
+def test_a_module_of_the_current_folder_is_found(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "layers_of_mine.py").write_text("from modula_agd import ReLU\nlayer = ReLU()")
+    monkeypatch.chdir(tmp_path)
+    # what the script that pip installs has
+    monkeypatch.setattr("sys.path", [place for place in sys.path if place not in ("", str(tmp_path))])
+    assert main(["verify", "layers_of_mine:layer", "--cases", "2", "--quiet"]) == 0
