@@ -272,16 +272,16 @@ class Module(ABC):
     def __str__(self) -> str:
         rows = [Row(name, repr(atom), atom.shape, str(atom.norm), atom.mass) for name, atom in self.weights().items()]
         try:
-            return summary(rows, self.bound(), self._certifiable())
+            return summary(rows, self.bound(), self._proved())
         except UnknownBound as error:
             return f"{self!r}\n(no table: {error})" if rows else repr(self)
 
-    def _certifiable(self) -> bool:
-        """Whether the proved constants, which a certified step takes, bound the second order too."""
+    def _proved(self) -> Bound | None:
+        """The bound by proved constants, None where a layer has none."""
         try:
-            return self.bound(constants="proved").error is not None
+            return self.bound(constants="proved")
         except UnknownBound:
-            return False
+            return None
 
 
 def _declared(atom: Weighted) -> tuple[tuple[int, ...], Norm, float, float]:

@@ -16,13 +16,13 @@ class Row(NamedTuple):
     mass: float
 
 
-def summary(rows: Sequence[Row], bound: Bound, certifiable: bool) -> str:
+def summary(rows: Sequence[Row], bound: Bound, proved: Bound | None) -> str:
     """One line per atom, then the bound of the whole.
 
     Args:
         rows: the atoms in order of application.
         bound: the network's bound at t = 0.
-        certifiable: whether its proved constants bound the second order.
+        proved: the same by proved constants, which a certified step takes; None where a layer has none.
 
     Returns:
         A table; its last column is m/D, the part of η by which a step of ``ExactGrowth`` (the default) moves that atom, relative
@@ -47,7 +47,12 @@ def summary(rows: Sequence[Row], bound: Bound, certifiable: bool) -> str:
         for line in (header, *body)
     ]
     lines.insert(1, "─" * (sum(widths) + 2 * (len(widths) - 1)))
-    order = "bounded" if certifiable else "not bounded: certified steps are unavailable"
+    if proved is None or proved.error is None:
+        order = "not bounded: certified steps are unavailable"
+    elif bound.error is None:
+        order = f"bounded by the proved constants alone, at depth {float(proved.depth):.3g}"
+    else:
+        order = "bounded"
     facts = bound.facts()
     facts.insert(3, ("second order", order))
     return "\n".join([*lines, lines[1], aligned(facts)])

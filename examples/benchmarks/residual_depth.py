@@ -28,7 +28,7 @@ def first_steps(inputs: torch.Tensor, labels: torch.Tensor) -> None:
         params = network.init(0)
         states = []
         for search in (ExactGrowth(), ClosedForm()):
-            method = agd(network, CrossEntropy(), search=search)
+            method = agd(network, CrossEntropy(), search=search, momentum=None)
             gradients = torch.func.grad(method.objective)(params, inputs, labels)
             states.append(method.update(gradients, method.init(params), params)[1])
         exact, closed = states
@@ -42,7 +42,7 @@ def first_steps(inputs: torch.Tensor, labels: torch.Tensor) -> None:
 def curve(blocks: int, search: ExactGrowth | ClosedForm, inputs: torch.Tensor, labels: torch.Tensor) -> list[float]:
     """The full-batch loss at every tenth step."""
     network = ResMLP(Logits(10), WIDTH, inputs.shape[1], blocks)
-    method = agd(network, CrossEntropy(), search=search)
+    method = agd(network, CrossEntropy(), search=search, momentum=None)
     params = network.init(0)
     state = method.init(params)
     gradient = torch.func.grad_and_value(method.objective)

@@ -9,6 +9,7 @@ import statistics
 import time
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from modula_agd import AGD, Linear, SquareLoss, published
 
@@ -25,7 +26,7 @@ def milliseconds(step, repeats):
 def state_numbers(optimizer):
     """Numbers held between steps."""
     if isinstance(optimizer, AGD):
-        return sum(value.numel() for value in optimizer.state_dict()["agd"].values())
+        return sum(value.numel() for value in tree_leaves(optimizer.state_dict()["agd"]))
     return sum(v.numel() for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
 
 
@@ -44,15 +45,16 @@ def main():
         parameter.grad = torch.randn_like(parameter)
     optimizers = {
         "Adam (foreach)": torch.optim.Adam(model.parameters(), lr=1e-9, foreach=True),
-        "AGD, Frobenius, exact growth": AGD(model, SquareLoss(), direction="frobenius"),
+        "AGD, Frobenius, full batch": AGD(model, SquareLoss(), direction="frobenius", momentum=None),
         "AGD, as published": AGD(model, published(network, SquareLoss())),
-        "AGD, spectral": AGD(model, SquareLoss()),
+        "AGD, Frobenius, held-out": AGD(model, SquareLoss(), direction="frobenius"),
+        "AGD, spectral, held-out": AGD(model, SquareLoss()),
     }
     times = {name: [] for name in optimizers}
     for index in range(options.rounds + 2):
         # interleaved, so that a noisy minute hits all alike; two rounds to warm up
         for name, optimizer in optimizers.items():
-            if name == "AGD, spectral" and index % 5 != 2:
+            if name.startswith("AGD, spectral") and index % 5 != 2:
                 continue
             measured = milliseconds(optimizer.step, 1)
             times[name] += measured if index >= 2 else []
