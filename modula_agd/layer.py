@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from torch import Tensor
 from modula_agd import bound as algebra
 from modula_agd.bound import Bound, Constant, Gain, Number
 from modula_agd.error import InvalidArgument, SpaceMismatch, UnknownBound
-from modula_agd.module import Module, join, mismatch
+from modula_agd.module import Module, mismatch
+from modula_agd.network import join
 from modula_agd.norm import Norm, drawing_dtype
 from modula_agd.run import EVALUATION, Parameters, Run, Step, Weighted
 from modula_agd.space import Space, Tuple
@@ -92,7 +93,7 @@ class Atom(Module, ABC):
         unit = self.norm.draw(self.shape, generator, generator.device, drawing_dtype(generator))
         return (unit * self.size).to(device, dtype)
 
-    def bind(self, domain: Space) -> Module:
+    def bind(self, domain: Space) -> Self:
         if domain != self.domain:
             raise SpaceMismatch(mismatch(self, self.domain, domain))
         return self
@@ -119,7 +120,7 @@ class Atom(Module, ABC):
     def atoms(self, path: str = "") -> Iterator[tuple[str, Weighted]]:
         yield join(path, self.parameter), self
 
-    def with_mass(self, mass: float) -> Module:
+    def with_mass(self, mass: float) -> Self:
         if not isinstance(mass, int | float):
             raise InvalidArgument(f"with_mass was given {mass!r}; a mass is a finite number ≥ 0")
         return replace(self, mass=self.mass * mass)
@@ -201,7 +202,7 @@ class Bond(Module, ABC):
     def codomain(self) -> Space | None:
         return None if self.on is None else self.codomain_of(self.on)
 
-    def bind(self, domain: Space) -> Module:
+    def bind(self, domain: Space) -> Self:
         if self.on is not None and self.on != domain:
             raise SpaceMismatch(mismatch(self, self.on, domain))
         self.codomain_of(domain)

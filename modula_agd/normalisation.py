@@ -39,7 +39,7 @@ from modula_agd import bound as algebra
 from modula_agd.bound import Constant, Grade
 from modula_agd.error import InvalidArgument, SpaceMismatch, UnknownBound
 from modula_agd.layer import Bond, applied
-from modula_agd.module import join
+from modula_agd.network import join
 from modula_agd.run import EVALUATION, Parameters, Run, Step
 from modula_agd.space import Features, Heads, Image, Sequence, Space, Volume, finite, positive
 

@@ -1,7 +1,7 @@
 """Positions: learned ones (an atom) and rotary ones (a bond)."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from einops import rearrange
@@ -11,7 +11,7 @@ from modula_agd import bound as algebra
 from modula_agd.bound import Bound, Gain, Number, source
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.layer import Atom, Bond
-from modula_agd.module import Module, mismatch
+from modula_agd.module import mismatch
 from modula_agd.norm import Norm, RowNorm
 from modula_agd.space import Heads, Sequence, Space, Tokens, finite, positive
 
@@ -46,7 +46,7 @@ class Positions(Atom):
     def codomain(self) -> Space:
         return Sequence(self.width)
 
-    def bind(self, domain: Space) -> Module:
+    def bind(self, domain: Space) -> Self:
         if self.on not in (None, domain) or not isinstance(domain, Tokens | Sequence):
             raise SpaceMismatch(mismatch(self, self.on or "Tokens or a Sequence", domain))
         return replace(self, on=domain)

@@ -9,7 +9,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -34,14 +34,14 @@ class Parallel(Composite):
     def codomain(self) -> Space | None:
         return tuple_of([part.codomain for part in self.parts])
 
-    def bind(self, domain: Space) -> Module:
+    def bind(self, domain: Space) -> Self:
         spaces = domain.parts if isinstance(domain, Tuple) else ()
         if len(spaces) != len(self.parts):
             raise SpaceMismatch(
                 f"{self!r} takes a tuple of {len(self.parts)}, but the module before it gives {domain}. "
                 "Put as many branches before it, written as a tuple."
             )
-        return Parallel(tuple(part.bind(space) for part, space in zip(self.parts, spaces, strict=True)))
+        return replace(self, parts=tuple(part.bind(space) for part, space in zip(self.parts, spaces, strict=True)))
 
     def preimage(self, codomain: Space) -> Space | None:
         spaces = codomain.parts if isinstance(codomain, Tuple) else ()
@@ -108,10 +108,10 @@ class Shared(Module):
     def children(self) -> tuple[tuple[str, Module], ...]:
         return ((self.name, self.inner),)
 
-    def rebuilt(self, children: tuple[Module, ...]) -> Module:
+    def rebuilt(self, children: tuple[Any, ...]) -> Self:
         return replace(self, inner=children[0])
 
-    def bind(self, domain: Space) -> Module:
+    def bind(self, domain: Space) -> Self:
         return replace(self, inner=self.inner.bind(domain))
 
     def preimage(self, codomain: Space) -> Space | None:

@@ -26,6 +26,7 @@ ROWS = (
     ("bound", "torch_module"),
     ("summary",),
     ("run",),
+    ("network",),
     ("module",),
     ("layer", "loss"),
     ("wiring",),
