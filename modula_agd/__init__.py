@@ -71,7 +71,6 @@ from modula_agd.majorisation import ClosedForm as ClosedForm
 from modula_agd.majorisation import Evidence as Evidence
 from modula_agd.majorisation import ExactGrowth as ExactGrowth
 from modula_agd.method import Method as Method
-from modula_agd.method import State as State
 from modula_agd.module import Module as Module
 from modula_agd.norm import RMS as RMS
 from modula_agd.norm import Frobenius as Frobenius
@@ -105,6 +104,7 @@ from modula_agd.space import Space as Space
 from modula_agd.space import Tokens as Tokens
 from modula_agd.space import Tuple as Tuple
 from modula_agd.space import Volume as Volume
+from modula_agd.state import State as State
 from modula_agd.transformer import GPT as GPT
 from modula_agd.transformer import Transformer as Transformer
 from modula_agd.transformer import ViT as ViT

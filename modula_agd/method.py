@@ -6,16 +6,7 @@ It knows no layer and no loss by name. One update:
 2. the search minimises the majorant (``majorisation.py``), which gives one number t;
 3. each weight moves by −t·m_k·ω_k·u_k.
 
-On a minibatch, ⟨g, u(g)⟩ counts noise as descent: a gradient always agrees with a direction made from itself. With
-``momentum`` the direction is made of *past* gradients, and the *fresh* one, which it has not seen, measures the descent at
-the same point; with β the momentum,
-
-    u_t = direction of m_{t−1}          s_t = Σ_k m_k·ω_k·⟨g_t, u_t⟩          Ŝ_t = mean of s_1 … s_t, with weights β^(t−i)
-    m_t = β·m_{t−1} + (1 − β)·g_t       t = argmin of the majorant at max(Ŝ_t, 0)
-
-The expectation of s_t over the fresh batch is the true descent along u_t. As signal drowns in noise Ŝ → 0, and the step with it.
-One wild measurement must not set the steps of the next twenty: an s_t beyond ``OUTLIER`` root-mean-squares of those before it
-counts as that many. Where a product network's weights had outgrown their declared sizes, loss and step drove each other up without.
+On minibatches the direction and its descent are told apart (``held_out.py``).
 
 All scalars stay on the device, so that a step waits for nothing.
 """
@@ -26,60 +17,22 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from modula_agd.bound import Bound, Number
 from modula_agd.device import precise
 from modula_agd.error import InvalidArgument, NonFiniteGradient, UnknownBound
+from modula_agd.held_out import measured, renewed
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence, Majorant, Search
 from modula_agd.module import Module
 from modula_agd.norm import Direction, wide
-from modula_agd.polar import working_dtype
 from modula_agd.run import Constants, Weighted
-from modula_agd.space import Space
+from modula_agd.space import Space, brief
+from modula_agd.state import State
 
 Scalar = Float[Tensor, ""]
-
-OUTLIER = 3.0
-"""Root-mean-squares from which a measured descent is cut: three standard deviations of pure noise."""
-
-
-class State(NamedTuple):
-    """What the last update did; tensors only, on the parameters' device, double precision.
-
-    Args:
-        eta: η, relative step of the whole network, dimensionless.
-        t: relative step of an atom of mass 1, dimensionless.
-        descent: S, first-order decrease of the loss per unit t.
-        change: what the majorant predicted the loss to change by, ≤ 0.
-        magnitude: a, bound of the output.
-        depth: D.
-        descents: ⟨g_k, u_k⟩ of each parameter, in the network's order; 0 without a gradient.
-        sizes: ω_k of each parameter.
-        steps: number of updates.
-        skipped: number of them left out because of a non-finite gradient.
-        smoothed: Ŝ times ``weight``; 0 without momentum, as are the next two.
-        scale: the mean of s² times ``weight``.
-        weight: 1 − β^n after n measurements, the sum of what they weigh.
-        momentum: m of each parameter that has had a gradient; empty without momentum.
-    """
-
-    eta: Scalar
-    t: Scalar
-    descent: Scalar
-    change: Scalar
-    magnitude: Scalar
-    depth: Scalar
-    descents: Float[Tensor, " parameters"]
-    sizes: Float[Tensor, " parameters"]
-    steps: Int[Tensor, ""]
-    skipped: Int[Tensor, ""]
-    smoothed: Scalar
-    scale: Scalar
-    weight: Scalar
-    momentum: dict[str, Tensor]
 
 
 class Plan(NamedTuple):
@@ -140,11 +93,17 @@ class Method:
         """
         return self.loss(self.network.run(params, inputs, generator=generator)[0], targets)
 
-    def evidence(self, params: Mapping[str, Tensor], inputs: Any, targets: Tensor) -> Evidence:
-        """R and a₀ of a batch, by one forward pass."""
+    def evidence(
+        self,
+        params: Mapping[str, Tensor],
+        inputs: Any,
+        targets: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Evidence:
+        """R and a₀ of a batch, by one forward pass; of dropout, with a generator in the state that the gradient's had."""
         with torch.no_grad():
             domain, codomain = self._spaces()
-            outputs, _ = self.network.run(params, inputs)
+            outputs, _ = self.network.run(params, inputs, generator=generator)
             residual = self.loss.residual(outputs, targets, codomain)
             return Evidence(residual, domain.norm(inputs).amax())
 
@@ -240,7 +199,7 @@ class Method:
         if not masked:
             self._raise_nonfinite(pairs * sizes)
 
-        usable, smoothed, scale, weight = self._measured(descent, finite, state)
+        usable, smoothed, scale, weight = measured(torch.where(finite, descent, 0.0), state, self.momentum)
         if self.momentum is not None:
             # a zero gradient means a zero step of its weight, whatever the past says
             reach = reach * (pairs != 0)
@@ -272,7 +231,7 @@ class Method:
             smoothed=smoothed,
             scale=scale,
             weight=weight,
-            momentum=self._renewed(state.momentum, grads, finite if masked else None),
+            momentum=self._momentum(state, grads, finite if masked else None),
         )
         return updates, after
 
@@ -280,47 +239,17 @@ class Method:
         """Raise ``NonFiniteGradient`` if the update behind ``state`` met one. Waits for the device."""
         self._raise_nonfinite(state.descents * state.sizes)
 
-    def _measured(self, descent: Scalar, finite: Tensor, state: State) -> tuple[Scalar, Scalar, Scalar, Scalar]:
-        """The descent to reckon with, and the state's ``smoothed``, ``scale`` and ``weight`` with s_t counted in."""
-        now = torch.where(finite, descent, 0.0)
-        smoothed, scale, weight = state.smoothed, state.scale, state.weight
-        if self.momentum is None:
-            return now, smoothed, scale, weight
-        # neither a skipped batch nor a zero gradient is a measurement
-        share = (1 - self.momentum) * (now != 0).to(now.dtype)
-        bound = torch.where(weight > 0, OUTLIER * (scale / weight.clamp(min=1e-12)).sqrt(), torch.inf)
-        cut = torch.minimum(torch.maximum(now, -bound), bound)
-        smoothed, scale = smoothed.lerp(cut, share), scale.lerp(cut.square(), share)
-        weight = weight.lerp(torch.ones_like(weight), share)
-        return torch.where(now == 0, 0.0, smoothed / weight.clamp(min=1e-12)), smoothed, scale, weight
+    # -- parts of an update ----------------------------------------------------------------------------------------------
 
-    def _renewed(
-        self, momentum: Mapping[str, Tensor], grads: Mapping[str, Tensor | None], finite: Tensor | None
-    ) -> dict[str, Tensor]:
-        """m_t: the fresh gradients counted in; a parameter's first gradient is its momentum."""
+    def _momentum(self, state: State, grads: Mapping[str, Tensor | None], finite: Tensor | None) -> dict[str, Tensor]:
         if self.momentum is None:
             return {}
-        fresh = {
-            name: gradient.detach().to(working_dtype(gradient.dtype))
+        moving = {
+            name: gradient.detach()
             for name, gradient in grads.items()
             if gradient is not None and self.atoms[name].mass > 0
         }
-        known = [name for name in fresh if name in momentum]
-        # a copy: the caller may clear gradients in place
-        moved = dict(momentum) | {name: value.clone() for name, value in fresh.items() if name not in momentum}
-        if known:
-            old, new = [momentum[name] for name in known], [fresh[name] for name in known]
-            # one kernel for all parameters, as in torch's own optimizers
-            renewed = torch._foreach_lerp(old, new, 1 - self.momentum)  # pyright: ignore[reportPrivateImportUsage]
-            moved |= dict(zip(known, renewed, strict=True))
-        if finite is not None:
-            moved = {
-                name: torch.where(finite, value, momentum.get(name, torch.zeros_like(value)))
-                for name, value in moved.items()
-            }
-        return moved
-
-    # -- parts of an update ----------------------------------------------------------------------------------------------
+        return renewed(state.momentum, moving, self.momentum, finite)
 
     def _check_arguments(
         self,
@@ -397,7 +326,8 @@ class Method:
         domain, codomain = self.network.domain, self.network.codomain
         if domain is None or codomain is None:
             raise UnknownBound(
-                f"{self.network!r} has no settled spaces. Compose it with a typed module such as Linear."
+                f"{brief(self.network)} has no settled spaces. Compose it with a typed module such as Linear, or name its domain: "
+                "network.bind(Features(3))."
             )
         return domain, codomain
 

@@ -11,7 +11,8 @@ from modula_agd.agd import agd
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence
-from modula_agd.method import Method, State
+from modula_agd.method import Method
+from modula_agd.state import State
 from modula_agd.torch_module import TorchModule
 
 

@@ -18,10 +18,10 @@ PACKAGE = Path(modula_agd.__file__).parent
 # A file imports from higher rows alone. `verify` and `train` are optional extras, which see everything above and
 # themselves, but not each other; the command finds them by name when it is asked to.
 ROWS = (
-    ("error",),
+    ("error", "state"),
     ("device", "rescale"),
     ("polar",),
-    ("norm",),
+    ("norm", "held_out"),
     ("space", "kernel_norm"),
     ("bound", "torch_module"),
     ("summary",),

@@ -14,7 +14,7 @@ from torch import Tensor
 from modula_agd.agd import agd
 from modula_agd.loss import Loss, SquareLoss
 from modula_agd.majorisation import Certified, ClosedForm, ExactGrowth
-from modula_agd.method import Method, State
+from modula_agd.method import Method
 from modula_agd.module import Module
 from modula_agd.space import Space
 from modula_agd.verify.draw import ModuleDraw

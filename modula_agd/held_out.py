@@ -1,0 +1,72 @@
+"""The held-out rule: directions from past gradients, descent measured by the fresh one.
+
+On a minibatch, ⟨g, u(g)⟩ counts noise as descent: a gradient always agrees with a direction made from itself. With
+momentum β the direction is made of *past* gradients, and the *fresh* one, which it has not seen, measures the descent at
+the same point:
+
+    u_t = direction of m_{t−1}          s_t = Σ_k m_k·ω_k·⟨g_t, u_t⟩          Ŝ_t = mean of s_1 … s_t, with weights β^(t−i)
+    m_t = β·m_{t−1} + (1 − β)·g_t       t = argmin of the majorant at max(Ŝ_t, 0)
+
+The expectation of s_t over the fresh batch is the true descent along u_t. As signal drowns in noise Ŝ → 0, and the step with it.
+One wild measurement must not set the steps of the next twenty: an s_t beyond ``OUTLIER`` root-mean-squares of those before it
+counts as that many. Where a product network's weights had outgrown their declared sizes, loss and step drove each other up without.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from modula_agd.polar import working_dtype
+from modula_agd.state import Scalar, State
+
+OUTLIER = 3.0
+"""Root-mean-squares from which a measured descent is cut: three standard deviations of pure noise."""
+
+
+def measured(descent: Scalar, state: State, momentum: float | None) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    """The descent to reckon with, and the state's ``smoothed``, ``scale`` and ``weight`` with the fresh measurement counted in.
+
+    Args:
+        descent: s_t, finite; 0 where there is nothing to measure (a zero gradient, a skipped batch), which counts in no mean.
+        state: before the update.
+        momentum: β; None takes the descent as it is.
+
+    Returns:
+        Ŝ_t (0 where s_t is 0: a zero gradient means a zero step, whatever the past says), smoothed, scale, weight.
+    """
+    smoothed, scale, weight = state.smoothed, state.scale, state.weight
+    if momentum is None:
+        return descent, smoothed, scale, weight
+    share = (1 - momentum) * (descent != 0).to(descent.dtype)
+    bound = torch.where(weight > 0, OUTLIER * (scale / weight.clamp(min=1e-12)).sqrt(), torch.inf)
+    cut = torch.minimum(torch.maximum(descent, -bound), bound)
+    smoothed, scale = smoothed.lerp(cut, share), scale.lerp(cut.square(), share)
+    weight = weight.lerp(torch.ones_like(weight), share)
+    return torch.where(descent == 0, 0.0, smoothed / weight.clamp(min=1e-12)), smoothed, scale, weight
+
+
+def renewed(
+    past: Mapping[str, Tensor], grads: Mapping[str, Tensor], momentum: float, finite: Bool[Tensor, ""] | None
+) -> dict[str, Tensor]:
+    """m_t of each parameter; its first gradient is its momentum.
+
+    Args:
+        past: m_{t−1} by name.
+        grads: the fresh gradients by name, detached.
+        momentum: β.
+        finite: where False, the past is kept; None where that has been looked at.
+    """
+    fresh = {name: gradient.to(working_dtype(gradient.dtype)) for name, gradient in grads.items()}
+    known = [name for name in fresh if name in past]
+    # a copy: the caller may clear gradients in place
+    moved = dict(past) | {name: value.clone() for name, value in fresh.items() if name not in past}
+    if known:
+        old, new = [past[name] for name in known], [fresh[name] for name in known]
+        # one kernel for all parameters, as in torch's own optimizers
+        means = torch._foreach_lerp(old, new, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+        moved |= dict(zip(known, means, strict=True))
+    if finite is None:
+        return moved
+    return {name: torch.where(finite, value, past.get(name, torch.zeros_like(value))) for name, value in moved.items()}
