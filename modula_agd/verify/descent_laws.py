@@ -17,6 +17,7 @@ from modula_agd.majorisation import Certified, ClosedForm, ExactGrowth
 from modula_agd.method import Method
 from modula_agd.module import Module
 from modula_agd.space import Space
+from modula_agd.state import State
 from modula_agd.verify.draw import ModuleDraw
 from modula_agd.verify.law import Device, Law, Measurement, side
 from modula_agd.verify.loss_laws import targets_for
