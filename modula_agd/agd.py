@@ -1,6 +1,5 @@
 """Methods from a network and a loss: ``agd`` with its options, AGD as published, and the named configurations."""
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -10,6 +9,7 @@ from modula_agd.majorisation import Certified, ClosedForm, ExactGrowth, Search
 from modula_agd.method import Method
 from modula_agd.module import Module
 from modula_agd.run import Constants
+from modula_agd.space import finite
 
 MOMENTUM = 0.95
 """β where nothing else is asked for: the one value that was chosen, by training losses alone (docs/benchmarks.md)."""
@@ -73,13 +73,13 @@ def agd(
             f"a certified search was combined with {sizes} sizes and {constants} constants, which certify nothing. "
             "Leave both out: it takes tracked sizes and proved constants."
         )
-    if not isinstance(magnitude, int | float) or not 0 < magnitude < math.inf:
+    if not (finite(magnitude) and magnitude > 0):
         raise InvalidArgument(f"agd was given magnitude={magnitude!r}; the inputs' norm bound must be > 0 and finite")
     if all(atom.mass == 0 for atom in network.weights().values()):
         raise InvalidArgument(f"{network!r} has no weight to train: every atom has mass 0, or there is none")
     if momentum == "auto":
         momentum = None if search.needs_evidence else MOMENTUM
-    if momentum is not None and not (isinstance(momentum, int | float) and 0 <= momentum < 1):
+    if momentum is not None and not (finite(momentum) and 0 <= momentum < 1):
         raise InvalidArgument(f"agd was given momentum={momentum!r}, which must be at least 0 and below 1, or None")
     if momentum is not None and search.needs_evidence:
         raise InvalidArgument(
@@ -87,7 +87,7 @@ def agd(
             "Leave momentum out."
         )
     method = Method(network, loss, direction, search, sizes, constants, float(magnitude), nonfinite, momentum)
-    method._spaces()
+    method._conversion()
     search.check(network.bound(0.0, magnitude=magnitude, constants=constants))
     return method
 

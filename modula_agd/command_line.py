@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 1 a verified claim is broken, 2 a user's mistake (explained on stderr), 130 interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a table has η in it, and a text what its author liked: not every terminal or pipe can say it
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = Parser(prog="modula-agd", description="Train neural networks without a learning rate.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"modula-agd {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

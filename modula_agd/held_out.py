@@ -63,10 +63,15 @@ def renewed(
     # a copy: the caller may clear gradients in place
     moved = dict(past) | {name: value.clone() for name, value in fresh.items() if name not in past}
     if known:
-        old, new = [past[name] for name in known], [fresh[name] for name in known]
+        new = [fresh[name] for name in known]
+        # parameters may have been moved to another dtype since
+        old = [past[name].to(value.dtype) for name, value in zip(known, new, strict=True)]
         # one kernel for all parameters, as in torch's own optimizers
         means = torch._foreach_lerp(old, new, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
         moved |= dict(zip(known, means, strict=True))
     if finite is None:
         return moved
-    return {name: torch.where(finite, value, past.get(name, torch.zeros_like(value))) for name, value in moved.items()}
+    return {
+        name: torch.where(finite, value, past.get(name, torch.zeros_like(value)).to(value))
+        for name, value in moved.items()
+    }

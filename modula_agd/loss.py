@@ -57,6 +57,10 @@ class Loss(ABC):
         Raises:
             SpaceMismatch: the two shapes do not fit, or one is no batch of tensors.
         """
+        self._check(outputs, targets)
+        return self.per_sample(outputs, targets).mean()
+
+    def _check(self, outputs: object, targets: object) -> None:
         if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
             kinds = f"{type(outputs).__name__} and {type(targets).__name__}"
             raise SpaceMismatch(f"{type(self).__name__} takes outputs and targets as tensors, but got {kinds}")
@@ -69,7 +73,6 @@ class Loss(ABC):
                 f"{type(self).__name__} takes a batch of at least one sample, [batch, ..., outputs], but the outputs have "
                 f"shape {tuple(outputs.shape)}"
             )
-        return self.per_sample(outputs, targets).mean()
 
     def conversion(self, codomain: Space) -> tuple[Constant, Constant]:
         """(proved, typical) constants by which δ in the codomain's norm exceeds δ in the loss's own norm."""
@@ -104,7 +107,12 @@ class Loss(ABC):
     def residual(
         self, outputs: Float[Tensor, "batch *shape"], targets: Num[Tensor, "batch *target"], codomain: Space
     ) -> Float[Tensor, ""]:
-        """R, the mean over samples of the dual norm of ∂ℓ/∂f in the codomain; for the square loss mean ‖f − y‖_RMS."""
+        """R, the mean over samples of the dual norm of ∂ℓ/∂f in the codomain; for the square loss mean ‖f − y‖_RMS.
+
+        Raises:
+            SpaceMismatch: as the loss itself does.
+        """
+        self._check(outputs, targets)
         return codomain.dual(self.gradient(outputs, targets)).mean()
 
 
@@ -206,6 +214,15 @@ class CrossEntropy(Loss):
             raise InvalidArgument(
                 f"CrossEntropy was given label_smoothing={self.label_smoothing}, which must lie in [0, 1]"
             )
+
+    def conversion(self, codomain: Space) -> tuple[Constant, Constant]:
+        # over the columns of an image the softmax would be taken without a word, where there are as many as classes
+        if codomain.axis != -1:
+            raise SpaceMismatch(
+                f"CrossEntropy takes its classes along the last dimension, but the network gives {codomain} = {codomain.shape}. End it "
+                "in Logits, or in a Sequence of positions (ToSequence) for a class of each pixel."
+            )
+        return super().conversion(codomain)
 
     def per_sample(
         self, outputs: Float[Tensor, "batch *shape"], targets: Num[Tensor, "batch *target"]

@@ -30,7 +30,7 @@ from modula_agd.module import Module
 from modula_agd.norm import Direction, wide
 from modula_agd.run import Constants, Weighted
 from modula_agd.space import Space, brief
-from modula_agd.state import State
+from modula_agd.state import State, odd_momentum
 
 Scalar = Float[Tensor, ""]
 
@@ -162,7 +162,8 @@ class Method:
             evidence: R and a₀ of the same batch, for a certified search.
 
         Returns:
-            Updates by name, in each parameter's dtype, and the state that describes this step.
+            Updates by name, in each parameter's dtype (none for a parameter of mass 0 or without a gradient), and the state that
+            describes this step.
 
         Raises:
             NonFiniteGradient: on a CPU and not compiled, unless ``nonfinite="skip"``; elsewhere the step is zero and counted in
@@ -277,13 +278,20 @@ class Method:
             raise InvalidArgument(
                 f"update was given evidence {evidence!r}. Pass evidence=method.evidence(params, inputs, targets) of the same batch."
             )
+        odd = odd_momentum(state.momentum, {name: atom.shape for name, atom in self.atoms.items()})
+        if odd is not None:
+            raise InvalidArgument(
+                f"update was given the state of another method: {odd}. Pass the state that init or the last update returned."
+            )
         for name, gradient in grads.items():
-            if name not in params:
+            if name not in self.atoms:
                 raise InvalidArgument(
-                    f"a gradient was given for {name!r}, which is not among the parameters {sorted(params)}"
+                    f"a gradient was given for {name!r}, which is not among the parameters {sorted(self.atoms)}"
                 )
             if gradient is None:
                 continue
+            if not isinstance(gradient, Tensor):
+                raise InvalidArgument(f"the gradient of {name!r} is {type(gradient).__name__}, where a tensor belongs")
             if gradient.layout != torch.strided or not gradient.is_floating_point():
                 raise InvalidArgument(
                     f"the gradient of {name!r} is {gradient.layout} of {gradient.dtype}; a step takes dense floating-point ones"

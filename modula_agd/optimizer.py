@@ -1,6 +1,5 @@
 """The ``torch.optim.Optimizer`` face of the engine, for training loops in the usual style."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,8 @@ from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence
 from modula_agd.method import Method
-from modula_agd.state import State
+from modula_agd.space import finite
+from modula_agd.state import State, complaint, odd_momentum
 from modula_agd.torch_module import TorchModule
 
 
@@ -82,7 +82,9 @@ class AGD(torch.optim.Optimizer):
             NonFiniteGradient: with the weights untouched; on an accelerator at the first step after the device knows.
         """
         rate = self.param_groups[0]["lr"]
-        if not isinstance(rate, Tensor) and not (isinstance(rate, int | float) and 0 <= rate < math.inf):
+        # multiplying weights by a 0-d tensor in place would look at it as well
+        told = rate.item() if isinstance(rate, Tensor) and rate.ndim == 0 else rate
+        if not (finite(told) and told >= 0):
             raise InvalidArgument(
                 f"the multiplier param_groups[0]['lr'] of AGD is {rate!r}, which is not a finite number ≥ 0"
             )
@@ -95,7 +97,7 @@ class AGD(torch.optim.Optimizer):
         grads = {name: parameter.grad for name, parameter in params.items()}
         updates, self.current = self.method.update(grads, self.current, params, evidence)
         for name, update in updates.items():
-            params[name].add_(update, alpha=rate)  # pyright: ignore[reportArgumentType] (a 0-d tensor is a number here)
+            params[name].add_(update, alpha=told)  # pyright: ignore[reportArgumentType] (looked at above)
         self._watch()
         return value
 
@@ -143,6 +145,11 @@ class AGD(torch.optim.Optimizer):
                 f"{self._shapes()}. Load the state that AGD saved for the same network."
             )
         saved, here = dict(state_dict["agd"]), self.current._asdict()
+        wrong = complaint(saved, self.current) or odd_momentum(saved["momentum"], self._shapes())
+        if wrong is not None:
+            raise InvalidArgument(
+                f"load_state_dict was given a state of AGD that cannot be: {wrong}. Load it as AGD saved it, or start anew."
+            )
         momentum = saved.pop("momentum")
         if bool(momentum) and self.method.momentum is None:
             raise InvalidArgument(

@@ -1,5 +1,6 @@
 """What an optimisation method remembers between two updates: tensors only."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxtyping import Float, Int
@@ -42,3 +43,41 @@ class State(NamedTuple):
     scale: Scalar
     weight: Scalar
     momentum: dict[str, Tensor]
+
+
+def complaint(found: Mapping[str, object], like: State) -> str | None:
+    """Why saved fields are no state such as ``like``, as a clause; None where they are. Waits for the device.
+
+    Args:
+        found: what was saved, by name of the field; momentum is not looked at.
+        like: a state of the method that shall go on.
+    """
+    for name, here in like._asdict().items():
+        value = found.get(name)
+        if name == "momentum":
+            continue
+        if not isinstance(value, Tensor) or value.shape != here.shape:
+            what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            return f"its {name} is {what}, where a tensor of shape {tuple(here.shape)} belongs"
+        # of the others, a skipped step may rightly have left NaN
+        if name in ("steps", "skipped", "smoothed", "scale", "weight") and not bool(value.isfinite()):
+            return f"its {name} is {value.item()}"
+        if name in ("steps", "skipped", "scale", "weight") and value.item() < 0:
+            return f"its {name} is {value.item()}, which is never negative"
+    return None
+
+
+def odd_momentum(momentum: object, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why something is no momentum of parameters of these shapes, as a clause; None where it is. Waits for nothing.
+
+    Args:
+        momentum: what should hold a tensor for some of the parameters, by name.
+        shapes: of the parameters by name.
+    """
+    if not isinstance(momentum, Mapping):
+        return f"its momentum is {type(momentum).__name__}, where a dictionary of tensors belongs"
+    for name, value in momentum.items():
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if shape != shapes.get(name):
+            return f"its momentum of {name!r} is {shape}, where the parameter has {shapes.get(name, 'no such name')}"
+    return None

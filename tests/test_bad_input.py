@@ -214,3 +214,114 @@ def test_a_negative_multiplier_is_refused() -> None:
 def test_a_mismatch_says_that_a_module_can_be_built_for_the_other_space() -> None:
     with pytest.raises(SpaceMismatch, match=r"build this one for Image\(4\)"):
         Bias(4) @ Conv2d(4, 3)
+
+
+@pytest.mark.parametrize("options", [{"momentum": False}, {"momentum": True}, {"magnitude": True}], ids=str)
+def test_truth_values_are_no_numbers(options) -> None:
+    with pytest.raises(InvalidArgument, match="agd was given"):
+        agd(NETWORK, SquareLoss(), **options)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 0), 0], ids=["empty batch", "one sample"])
+def test_evidence_of_no_batch_is_refused(rows) -> None:
+    method = agd(NETWORK, SquareLoss(), search=Certified())
+    with pytest.raises(SpaceMismatch, match="at least one sample"):
+        method.evidence(NETWORK.init(0), torch.ones(2, 4)[rows], torch.zeros(2, 2)[rows])
+
+
+def test_classes_along_channels_are_refused_rather_than_softmaxed_over_columns() -> None:
+    square = Conv2d(5, 3, 3, padding=1)  # of 5×5 pixels, whose columns are as many as the classes
+    with pytest.raises(SpaceMismatch, match="last dimension"):
+        agd(square, CrossEntropy())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda g, s, p: ({**g, "other": p["0.weight"]}, s, {**p, "other": p["0.weight"]}), "other"),
+        (lambda g, s, p: ({**g, "0.weight": 1.0}, s, p), "float"),
+        (lambda g, s, p: (g, s._replace(momentum={"0.weight": torch.ones(2, 2)}), p), "another method"),
+        (lambda g, s, p: (g, s._replace(momentum={"other": torch.ones(2, 2)}), p), "another method"),
+        (lambda g, s, p: (g, s._replace(momentum=None), p), "another method"),
+    ],
+    ids=["another gradient", "a number", "another shape", "another name", "no momentum"],
+)
+def test_gradients_and_states_of_something_else_are_refused(spoil, match) -> None:
+    method = agd(NETWORK, SquareLoss())
+    params = NETWORK.init(0)
+    with pytest.raises(InvalidArgument, match=match):
+        method.update(*spoil(_gradients(method, params), method.init(params), params))
+
+
+def _stepped(model, optimizer, steps: int = 2) -> list[float]:
+    values = []
+    inputs = torch.linspace(-1, 1, 8, dtype=next(model.parameters()).dtype).reshape(2, 4)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = SquareLoss()(model(inputs), torch.ones(2, 2))
+        loss.backward()
+        optimizer.step()
+        values.append(float(loss.detach()))
+    return values
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("eta", 1.0),
+        ("eta", torch.zeros(3)),
+        ("steps", torch.tensor(-5)),
+        ("steps", None),
+        ("descents", torch.zeros(1)),
+        ("weight", torch.tensor(-0.5)),
+        ("smoothed", torch.tensor(float("nan"))),
+        ("momentum", None),
+        ("momentum", {"other": torch.zeros(2)}),
+        ("momentum", {"0.weight": torch.zeros(2, 2)}),
+        ("momentum", {"0.weight": [1.0]}),
+    ],
+    ids=str,
+)
+def test_a_saved_state_that_cannot_be_is_refused_whole(field, value) -> None:
+    model = NETWORK.to_torch(0)
+    optimizer = AGD(model, SquareLoss())
+    _stepped(model, optimizer)
+    saved, before = optimizer.state_dict(), optimizer.current
+    with pytest.raises(InvalidArgument, match="cannot be"):
+        optimizer.load_state_dict({**saved, "agd": {**saved["agd"], field: value}})
+    assert optimizer.current is before
+    optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(("first", "then"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_model_may_change_its_dtype_between_steps(first, then) -> None:
+    values = []
+    for dtype in (first, then):
+        model = NETWORK.to_torch(0, dtype=first)
+        optimizer = AGD(model, SquareLoss())
+        _stepped(model, optimizer)
+        model.to(dtype)
+        values.append(_stepped(model, optimizer))
+        assert {m.dtype for m in optimizer.current.momentum.values()} == {dtype}
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("rate", [torch.tensor(float("nan")), torch.tensor(-1.0), torch.ones(2), True], ids=str)
+def test_a_multiplier_that_is_no_number_touches_no_weight(rate) -> None:
+    model = NETWORK.to_torch(0)
+    optimizer = AGD(model, SquareLoss())
+    optimizer.param_groups[0]["lr"] = rate
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(InvalidArgument, match="multiplier"):
+        _stepped(model, optimizer)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+
+
+def test_a_multiplier_may_be_a_tensor() -> None:
+    values = []
+    for rate in (0.5, torch.tensor(0.5)):
+        model = NETWORK.to_torch(0)
+        optimizer = AGD(model, SquareLoss())
+        optimizer.param_groups[0]["lr"] = rate
+        values.append(_stepped(model, optimizer))
+    assert values[0] == values[1]

@@ -130,7 +130,14 @@ def _filled(example: Any, tensors: dict[str, Tensor], path: str) -> Any:
         raise CheckpointError(
             f"the checkpoint's state has no {path}. It was written by another method or version; start from method.init."
         )
-    return None if example is None else tensors[path]
+    if example is None:
+        return None
+    if tensors[path].shape != example.shape:
+        raise CheckpointError(
+            f"the checkpoint's {path} has shape {tuple(tensors[path].shape)}, where {tuple(example.shape)} was expected. It belongs to "
+            "another network; start from method.init."
+        )
+    return tensors[path]
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -147,5 +154,8 @@ def replace(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        # a full disk is reported without the file's name
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """``modula-agd train``: train a network on a data set; no learning rate is asked for."""
 
 import argparse
+import os
 import platform
 import re
 import sys
@@ -51,6 +52,9 @@ def run(options: argparse.Namespace) -> int:
         Exit status: 0 done, 130 interrupted (what there is was saved).
     """
     require("modula-agd train", "matplotlib", "safetensors", "tqdm")
+    if options.quiet:
+        # what the datasets library asks when it is imported, which happens where it is needed alone
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if options.threads:
         torch.set_num_threads(options.threads)
     network, data = given(options, NETWORK_OPTIONS), given(options, DATA_OPTIONS)
@@ -95,7 +99,11 @@ def _explained(folder: RunFolder) -> Iterator[None]:
     # torch answers with RuntimeError to all that a machine cannot do: memory, a kernel that is missing, a worker that died.
     except (RuntimeError, MemoryError) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in reason
+        short = (
+            isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or "allocate memory" in reason
+            or "Storage size" in reason
+        )
         remedy = "Take a smaller --batch-size or --width, or another --device." if short else "Try --device cpu."
         kept = f" What there is lies in {folder.path}." if folder.path.is_dir() else ""
         raise TrainingFailed(f"training ended early: {reason}. {remedy}{kept}") from error

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from modula_agd.train.facts import ImageFacts
-from modula_agd.train.pixels import UNREADABLE, DataError, reason
+from modula_agd.train.pixels import UNREADABLE, DataError, check_depth, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,7 +113,12 @@ def _folders(split: Path) -> tuple[str, ...]:
 def _files(split: Path, classes: tuple[str, ...]) -> Files:
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (split / name).iterdir() if path.suffix.lower() in SUFFIXES)
+        # hidden ones hold no image: a Mac leaves ._NAME.jpg beside NAME.jpg in an archive
+        found = sorted(
+            path
+            for path in (split / name).iterdir()
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+        )
         if not found:
             raise DataError(f"{split / name} holds no {', '.join(SUFFIXES)} file. Fill it, or remove the class.")
         paths += found
@@ -130,17 +135,18 @@ def crop(path: Path, side: int, seed: int | None) -> UInt8[Tensor, "3 side side"
         seed: of a random part of the image, mirrored or not; None for the centre.
 
     Raises:
-        DataError: the file cannot be read as an image.
+        DataError: the file cannot be read as an image of bytes.
     """
     import PIL.Image
 
     try:
         with PIL.Image.open(path) as file:
-            picture = file.convert("RGB")
+            mode, picture = file.mode, file.convert("RGB")
     except (*UNREADABLE, PIL.Image.DecompressionBombError) as error:
         raise DataError(
             f"{path} cannot be read as an image: {reason(error)}. Repair it, or delete it from the folder."
         ) from error
+    check_depth(mode, str(path))
     draw = None if seed is None else random.Random(seed)
     box = _centre(*picture.size) if draw is None else _anywhere(*picture.size, draw)
     square = picture.resize((side, side), PIL.Image.Resampling.BILINEAR, box=box)

@@ -100,9 +100,12 @@ class _Trainer:
     def step(self, point: _Point, batch: Batch, meter: Meter) -> tuple[_Point, Tensors]:
         """The next point, and the updates that led to it."""
         aims = self.aims(batch.labels)
-        grads, (value, (outputs, renewed)) = self.gradient(point.params, point.buffers, batch.inputs, aims)
         method, params = self.method, point.params
-        evidence = method.evidence(params, batch.inputs, aims) if method.needs_evidence else None
+        # of the masks that the gradient is about to draw
+        evidence = (
+            method.evidence(params, batch.inputs, aims, self.generator.clone_state()) if method.needs_evidence else None
+        )
+        grads, (value, (outputs, renewed)) = self.gradient(params, point.buffers, batch.inputs, aims)
         updates, state = method.update(grads, point.state, params, evidence=evidence)
         meter.add(value, outputs, batch.labels)
         moved = {name: weight + updates[name] if name in updates else weight for name, weight in params.items()}

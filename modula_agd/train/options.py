@@ -26,7 +26,11 @@ DATA_OPTIONS = ("augment", "context", "workers")
 NETWORK_OPTIONS = tuple(dict.fromkeys(name for each in ARCHITECTURES.values() for name in each.options))
 
 
-def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+LARGEST = 2**63 - 1
+"""Torch's integers end here."""
+
+
+def integer(least: int, most: int = LARGEST) -> Callable[[str], int]:
     """A parser of integers in a range, for ``type=``."""
 
     def parse(text: str) -> int:
@@ -36,7 +40,7 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
             value = least - 1
         if value < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
-        if most is not None and value > most:
+        if value > most:
             raise argparse.ArgumentTypeError(f"{text!r} is above {most}")
         return value
 
@@ -60,7 +64,7 @@ def number(least: float, below: float) -> Callable[[str], float]:
 
 def add_seed(group: argparse._ActionsContainer, about: str) -> None:
     """``--seed``, which torch's generators take up to 2⁶³ − 1."""
-    group.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, metavar="N", help=f"{about} (default: 0)")
+    group.add_argument("--seed", type=integer(0), default=0, metavar="N", help=f"{about} (default: 0)")
 
 
 def add_device(group: argparse._ActionsContainer) -> None:
@@ -97,7 +101,8 @@ def add_train(command: argparse.ArgumentParser) -> None:
     )
     data.add_argument(
         "--workers",
-        type=integer(0),
+        # each takes memory and seconds to start; thousands look like a hang
+        type=integer(0, 256),
         metavar="N",
         help="processes that decode imagenet's files (default: one per processor, at most 8)",
     )
@@ -144,7 +149,9 @@ def _add_run(group: argparse._ActionsContainer) -> None:
     )
     add_seed(group, "of weights, batches, augmentation and dropout")
     add_device(group)
-    group.add_argument("--threads", type=natural, metavar="N", help="processor threads (default: torch's choice)")
+    group.add_argument(
+        "--threads", type=integer(1, 1024), metavar="N", help="processor threads (default: torch's choice)"
+    )
     group.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one under runs/)")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     group.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -181,7 +181,24 @@ def _open(cell: dict[str, Any] | None, row: int, source: str) -> Any:
         raise DataError(
             f"{source}, row {row}, holds an image that cannot be read: {reason(error)}. {remedy}"
         ) from error
+    check_depth(picture.mode, f"{source}, row {row},")
     return picture
+
+
+def check_depth(mode: str, what: str) -> None:
+    """Refuse pixels of more than a byte, which Pillow would clip at 255: nearly all would be white.
+
+    Args:
+        mode: Pillow's name of the pixel format.
+        what: the picture, for the message.
+
+    Raises:
+        DataError: the mode has 16 or 32 bits a channel.
+    """
+    if mode.startswith(("I", "F")):
+        raise DataError(
+            f"{what} holds a picture of mode {mode}, whose numbers do not fit into bytes. Convert it to 8 bits a channel first."
+        )
 
 
 def _decode(batch: dict[str, list[Any]], indices: list[int], mode: str, source: str) -> dict[str, list[Any]]:

@@ -90,7 +90,7 @@ def recipe(text: str) -> Recipe:
         data = told["data"]
         kind = data.pop("kind")
         facts = _image_facts(data) if kind == "images" else _text_facts(data)
-        return Recipe(told["arch"], told["options"], told["logits"], facts)
+        return Recipe(str(told["arch"]), {**told["options"]}, told["logits"], facts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the recipe of the network cannot be read: {error!r}. It was written by another version; train again with this one."

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from modula_agd import Module
+from modula_agd.error import ModulaError
 from modula_agd.train.checkpoint import CheckpointError, load
 from modula_agd.train.recipe import KEY, Recipe, recipe
 from modula_agd.train.run_folder import RunFolder
@@ -44,13 +45,23 @@ def restore(run: Path | str, device: torch.device | str = "cpu") -> Restored:
         CheckpointError: there is no checkpoint, it tells of no architecture, or its weights are not that architecture's.
     """
     path = RunFolder(Path(run)).checkpoint
+    if not path.is_file():
+        raise CheckpointError(
+            f"there is no checkpoint {path}. Name the folder of a run of modula-agd train, not a file in it."
+        )
     saved = load(path)
     if KEY not in saved.metadata:
         raise CheckpointError(
             f"{path} does not say which network it belongs to. Pass recipe=... to train, or use load and a network of your own."
         )
     written = recipe(saved.metadata[KEY])
-    network = written.network()
+    try:
+        network, step = written.network(), int(saved.metadata["step"])
+    except (ModulaError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} tells of a network or a step that cannot be: {error}. It is damaged, or was written by another version; train "
+            "again with this one."
+        ) from error
     for what, declared, found in (
         ("weights", {name: tuple(atom.shape) for name, atom in network.atoms()}, saved.params),
         ("running statistics", {name: tuple(value.shape) for name, value in network.buffers().items()}, saved.buffers),
@@ -68,7 +79,7 @@ def restore(run: Path | str, device: torch.device | str = "cpu") -> Restored:
         _to(saved.buffers, device),
         written,
         _to(saved.state, device),
-        int(saved.metadata["step"]),
+        step,
     )
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from modula_agd.error import InvalidArgument
 from modula_agd.train.facts import TextFacts
@@ -37,17 +39,27 @@ def continuation(
         raise InvalidArgument(
             f"{length} characters at temperature {temperature} were asked for; both must be ≥ 0, and finite"
         )
-    return _drawn(trained, facts, prompt, length, temperature, generator)
+    return _drawn(trained, facts, facts.vocabulary.encode(prompt), length, temperature, generator)
 
 
 def _drawn(
-    trained: Restored, facts: TextFacts, prompt: str, length: int, temperature: float, generator: torch.Generator
+    trained: Restored,
+    facts: TextFacts,
+    prompt: Int[Tensor, " length"],
+    length: int,
+    temperature: float,
+    generator: torch.Generator,
 ) -> Iterator[str]:
     device = next(iter(trained.params.values())).device
-    seen = facts.vocabulary.encode(prompt)[-facts.context :].to(device)
+    seen = prompt[-facts.context :].to(device)
     for _ in range(length):
         with torch.no_grad():
             scores = trained.network(trained.params, seen[None], trained.buffers)[0, -1].double().cpu()
+        if not bool(scores.isfinite().all()):
+            raise InvalidArgument(
+                "the network's scores of the next character hold NaN or infinity: its weights are damaged, or far too large. "
+                "Train again."
+            )
         if temperature == 0:
             drawn = scores.argmax()
         else:

@@ -95,7 +95,8 @@ def characters(name: str = SHAKESPEARE, folder: Path | None = None) -> Character
     else:
         path = data_file(name, folder, "input.txt")
     try:
-        text = path.read_text(encoding="utf-8")
+        # "-sig" drops the mark with which some editors begin a file, which is no character of the text
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}. Convert it first.") from error
     cut = len(text) * 9 // 10

@@ -15,7 +15,7 @@ from modula_agd.device import usable
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.loss import Loss
 from modula_agd.module import Module
-from modula_agd.space import Features, Image, Logits, Space, Volume, positive
+from modula_agd.space import Features, Image, Logits, Space, Tuple, Volume, positive
 from modula_agd.space import Sequence as SequenceSpace
 from modula_agd.verify.descent_laws import DESCENT_LAWS, Objective
 from modula_agd.verify.law import Device, Law, Measurement
@@ -57,14 +57,20 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings; prints as a table, followed by each breaking example."""
+    """All findings; prints as a table, followed by each breaking example.
+
+    Args:
+        findings: one for each law and subject.
+        untried: modules of which no law says anything, each with the reason.
+    """
 
     findings: tuple[Finding, ...]
+    untried: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether every law held."""
-        return all(finding.holds for finding in self.findings)
+        """Whether there was a law to try, and every one held."""
+        return bool(self.findings) and all(finding.holds for finding in self.findings)
 
     def __str__(self) -> str:
         header = ("law", "on", "cases", "worst ratio", "claimed", "verdict")
@@ -90,7 +96,8 @@ class Report:
             True: "could not be measured: {} was tried, but the layer raised (one size of image only? then pass side)",
         }
         examples = [f"\n{f.law} {told[f.raised].format(f.statement)}\n\n{f.example}" for f in first.values()]
-        return "\n".join([lines[0], "─" * (sum(widths) + 2 * len(widths) - 2), *lines[1:], *examples])
+        untried = [f"\nno law was tried on {what}" for what in self.untried]
+        return "\n".join([lines[0], "─" * (sum(widths) + 2 * len(widths) - 2), *lines[1:], *untried, *examples])
 
 
 def _shortened(text: str, width: int = 44) -> str:
@@ -221,10 +228,25 @@ def laws_for(subject: Any, side: int | None = None) -> tuple[Sequence[Law], st.S
     elif isinstance(subject, Shaped):
         laws, draws = NORM_LAWS, norm_draws()
     elif isinstance(subject, Objective):
-        laws, draws = DESCENT_LAWS, module_draws(side)
+        laws, draws = DESCENT_LAWS, module_draws(side, _least_batch(subject.network))
     else:
-        laws, draws = MODULE_LAWS, module_draws(side)
+        laws, draws = MODULE_LAWS, module_draws(side, _least_batch(subject))
     return [law for law in laws if law.applies(subject)], draws
+
+
+def _least_batch(module: Module) -> int:
+    """A batch norm, which alone has running statistics, takes two samples to have a deviation."""
+    return 2 if module.buffers() else 1
+
+
+def _silence(subject: Any) -> str | None:
+    """Why the laws of modules say nothing of a subject, or None where they do, or it is no module."""
+    if not isinstance(subject, Module) or any(law.applies(subject) for law in MODULE_LAWS):
+        return None
+    if isinstance(subject.codomain, Tuple):
+        return f"{_code(subject)}: it gives a tuple, which has no single bound. Check it with what joins the parts."
+    bound = subject.bound(constants="proved")
+    return f"{_code(subject)}: its bound is {bound.grade}, and claims nothing of any input. It rests on {'; '.join(bound.assumptions)}."
 
 
 def check(
@@ -263,9 +285,11 @@ def check(
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise InvalidArgument(f"check was asked for dtype={dtype!r}; laws are measured in a floating-point torch.dtype")
     where = Device(usable(device), dtype)
-    plan = [(law, subject, laws_for(subject, side)[1]) for subject in subjects(thing) for law in laws_for(subject)[0]]
+    tried = subjects(thing)
+    plan = [(law, subject, laws_for(subject, side)[1]) for subject in tried for law in laws_for(subject)[0]]
+    untried = tuple(why for subject in tried if (why := _silence(subject)) is not None)
     if not progress:
-        return Report(tuple(run(*item, cases=cases, first_seed=first_seed, where=where) for item in plan))
+        return Report(tuple(run(*item, cases=cases, first_seed=first_seed, where=where) for item in plan), untried)
     from tqdm import tqdm  # only a bar needs it
 
     findings = []
@@ -285,4 +309,4 @@ def check(
             )
             bar.n = (index + 1) * cases
             bar.refresh()
-    return Report(tuple(findings))
+    return Report(tuple(findings), untried)

@@ -56,7 +56,10 @@ def run(options: argparse.Namespace) -> int:
         )
         for thing in things.values()
     ]
-    report = Report(tuple(finding for part in reports for finding in part.findings))
+    report = Report(
+        tuple(finding for part in reports for finding in part.findings),
+        tuple(why for part in reports for why in part.untried),
+    )
     print(report)
     broken = sum(not finding.holds for finding in report.findings)
     cases = sum(finding.cases for finding in report.findings)

@@ -56,11 +56,12 @@ def relative_steps() -> st.SearchStrategy[float]:
     return st.one_of(st.just(0.0), log_uniform(1e-6, 2.0))
 
 
-def module_draws(side: int | None = None) -> st.SearchStrategy[ModuleDraw]:
+def module_draws(side: int | None = None, least_batch: int = 1) -> st.SearchStrategy[ModuleDraw]:
     """Draws for the laws of a module, one in five with an attack.
 
     Args:
         side: positions of a sequence and pixels along each side of an image; 2 to 4 where not given.
+        least_batch: samples that a batch has at least, 1 to 3.
     """
     return st.builds(
         ModuleDraw,
@@ -72,7 +73,7 @@ def module_draws(side: int | None = None) -> st.SearchStrategy[ModuleDraw]:
         magnitude=log_uniform(1e-3, 1e3),
         t=relative_steps(),
         input_step=relative_steps(),
-        batch=st.integers(1, 3),
+        batch=st.integers(least_batch, 3),
         side=st.integers(2, 4) if side is None else st.just(side),
         attack=st.sampled_from([0, 0, 0, 0, 4]),
     )

@@ -120,3 +120,20 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(CheckpointError, match="holds tensors named weight"):
         load(path)
+
+
+def test_a_state_of_another_shape_is_refused(trained):
+    _, state = trained
+    fields = {name: value for name, value in state._asdict().items() if isinstance(value, torch.Tensor)}
+    with pytest.raises(CheckpointError, match="sizes has shape"):
+        state_like(state, {**fields, "sizes": torch.ones(7)})
+
+
+def test_a_write_that_fails_names_the_file(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"run\.json"):
+        checkpoint.replace(tmp_path / "run.json", b"{}")
+    assert os.listdir(tmp_path) == []

@@ -1,6 +1,8 @@
 """The command: tiny runs end to end, and every mistake of a user ends in one line and status 2."""
 
+import io
 import json
+import os
 import sys
 
 import PIL.Image
@@ -49,7 +51,7 @@ def test_runs_are_named_and_never_collide(tmp_path, monkeypatch, capsys):
         assert main([*TINY, "--steps", "1"]) == 0
     names = sorted(folder.name for folder in (tmp_path / "runs").iterdir())
     assert len(names) == 3
-    assert all(name.startswith("digits-fcn-agd-seed0-") for name in names)
+    assert all(name.startswith("digits-fcn-held-out-seed0-") for name in names)
 
 
 def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, capsys):
@@ -121,6 +123,12 @@ def test_an_interrupt_while_loading_is_quiet(monkeypatch, capsys):
         (["train", "--data", "text:"], "text:FILE"),
         (["train", "--data", "imagenet", "--arch", "resnet50"], "no folder was given"),
         ([*TINY, "--depth", "0"], "argument --depth: '0' is not an integer of at least 1"),
+        (
+            [*TINY, "--batch-size", str(2**63)],
+            "argument --batch-size: '9223372036854775808' is above 9223372036854775807",
+        ),
+        ([*TINY, "--threads", "99999"], "argument --threads: '99999' is above 1024"),
+        (["train", "--data", "imagenet", "--workers", "99999"], "argument --workers: '99999' is above 256"),
         ([*TINY, "--width", "-3"], "argument --width"),
         ([*TINY, "--width", "1.5"], "argument --width"),
         ([*TINY, "--epochs", "0"], "argument --epochs"),
@@ -245,6 +253,39 @@ def test_a_missing_extra_is_named_with_the_remedy(monkeypatch, capsys):
         'needs matplotlib, which this environment lacks. Install the train extra: pip install "modula_agd[train]"'
         in (failure(capsys, *TINY))
     )
+
+
+def test_what_a_terminal_cannot_say_does_not_end_a_run(tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main([*TINY, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
+    terminal.flush()
+    assert rb"share of \u03b7" in terminal.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_quiet_silences_the_bars_of_the_datasets_library_too(tmp_path, monkeypatch, capsys):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_DATASETS")}
+    monkeypatch.setattr(os, "environ", environment)
+    assert main([*TINY, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
+    assert environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1"
+
+
+def test_a_certified_step_with_dropout_trains(tmp_path, capsys):
+    (tmp_path / "verse.txt").write_text("a rose is a rose is a rose\n" * 20)
+    arguments = [
+        "train",
+        "--data",
+        f"text:{tmp_path / 'verse.txt'}",
+        "--arch",
+        "gpt",
+        "--context",
+        "8",
+        "--quiet",
+        "--steps",
+        "2",
+    ]
+    arguments += ["--depth", "1", "--width", "8", "--heads", "2", "--dropout", "0.2", "--method", "certified"]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
 
 
 def test_help_and_version(capsys):

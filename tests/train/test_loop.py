@@ -7,7 +7,18 @@ import math
 import pytest
 import torch
 
-from modula_agd import METHODS, MLP, CrossEntropy, InvalidArgument, Method, NonFiniteGradient, SquareLoss
+from modula_agd import (
+    METHODS,
+    MLP,
+    CrossEntropy,
+    Dropout,
+    Features,
+    InvalidArgument,
+    Linear,
+    Method,
+    NonFiniteGradient,
+    SquareLoss,
+)
 from modula_agd.train import (
     LOSSES,
     Characters,
@@ -24,6 +35,7 @@ from modula_agd.train import (
     train,
 )
 from modula_agd.train.loop import _Trainer
+from modula_agd.train.meter import Meter
 
 
 def blobs(
@@ -191,3 +203,30 @@ def test_a_non_finite_input_is_an_error_and_the_log_stays_valid(tmp_path):
 def test_a_schedule_has_no_zero():
     with pytest.raises(InvalidArgument, match="batch_size=0"):
         Schedule(1, 0, 1, 0)
+
+
+def test_a_certified_step_knows_the_residual_under_the_masks_of_its_gradient():
+    network = Linear(3, 8) @ Dropout(0.5) @ Linear(8, 6)
+    task = blobs()
+    trainer = _Trainer(METHODS["certified"](network, SquareLoss()), task, seed=0)
+    seen = []
+
+    class Watched:
+        """The method, which remembers its evidence."""
+
+        def __getattr__(self, name):
+            return getattr(METHODS["certified"](network, SquareLoss()), name)
+
+        def evidence(self, *arguments):
+            seen.append(METHODS["certified"](network, SquareLoss()).evidence(*arguments))
+            return seen[-1]
+
+    point, batch = trainer.start(0), next(task.batches(20, 0))
+    masks = trainer.generator.clone_state()
+    trainer.method = Watched()  # type: ignore[assignment]
+    trainer.step(point, batch, Meter())
+    outputs, _ = network.run(point.params, batch.inputs, generator=masks)
+    residual = SquareLoss().residual(outputs, trainer.aims(batch.labels), Features(3))
+    assert torch.equal(seen[0].residual, residual)
+    # and the gradient drew those masks: the generator stands where they end
+    assert torch.equal(trainer.generator.get_state(), masks.get_state())

@@ -134,3 +134,11 @@ def test_a_hub_data_set_without_a_second_split_is_an_error(write):
     folder = write("train", [cell(image) for image in grey(3)], range(3)).parent
     with pytest.raises(DataError, match=r"has the splits \['train'\]"):
         from_hub(str(folder))
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_pixels_of_16_bits_are_refused_rather_than_clipped_to_white(write, row):
+    cells = [cell(grey(1)[0]), cell(grey(1)[0])]
+    cells[row] = cell(numpy.full((6, 6), 30000, dtype=numpy.uint16))
+    with pytest.raises(DataError, match=f"row {row}, holds a picture of mode I;16"):
+        from_parquet({"train": write("train", cells, [0, 1])})

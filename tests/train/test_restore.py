@@ -177,3 +177,49 @@ def test_a_run_of_images_writes_no_text(tmp_path, capsys):
     assert load(out / "checkpoint.safetensors").metadata["step"] == "1"
     with pytest.raises(InvalidArgument, match="both must be ≥ 0"):
         continuation(restore(out)._replace(recipe=Recipe("gpt", {}, True, TEXT)), "b", -1, generator=torch.Generator())
+
+
+def _spoilt(gpt, folder, *, tensors=None, **metadata):
+    """A copy of the run whose checkpoint has other tensors or another metadata."""
+    saved = load(gpt / "checkpoint.safetensors")
+    state = METHODS["exact"](restore(gpt).network, CrossEntropy()).init(saved.params)
+    folder.mkdir()
+    told = {name: value for name, value in {**saved.metadata, **metadata}.items() if value is not None}
+    params = saved.params if tensors is None else {name: tensors(value) for name, value in saved.params.items()}
+    save(folder / "checkpoint.safetensors", params, state, told, saved.buffers)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"step": None},
+        {"step": "many"},
+        {KEY: str(Recipe("unheard-of", {}, True, TEXT))},
+        {KEY: str(Recipe("gpt", {"width": -1}, True, TEXT))},
+        {KEY: str(Recipe("gpt", {"wings": 2}, True, TEXT))},
+        {KEY: str(Recipe("fcn", {}, True, TEXT))},
+        {KEY: str(Recipe("gpt", {}, True, TEXT)).replace('"options": {}', '"options": null')},
+        {KEY: str(Recipe("gpt", {}, True, TEXT)).replace('"gpt"', "[1]")},
+    ],
+)
+def test_a_checkpoint_that_tells_what_cannot_be_is_refused_as_one(tmp_path, gpt, capsys, metadata):
+    assert "train again" in failure(capsys, "sample", str(_spoilt(gpt, tmp_path / "run", **metadata)))
+
+
+def test_a_folder_is_asked_for_and_not_the_file_in_it(gpt, capsys):
+    said = failure(capsys, "sample", str(gpt / "checkpoint.safetensors"))
+    assert "Name the folder of a run" in said
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 1e30])
+def test_weights_that_give_no_chances_are_said_to_be_damaged(tmp_path, gpt, capsys, factor):
+    run = _spoilt(gpt, tmp_path / "run", tensors=lambda value: value * factor)
+    assert "NaN or infinity" in failure(capsys, "sample", str(run), "--prompt", "To be")
+
+
+def test_nothing_is_written_where_the_prompt_is_refused(gpt, capsys):
+    assert main(["sample", str(gpt), "--prompt", "Ü"]) == 2
+    assert capsys.readouterr().out == ""
+    with pytest.raises(InvalidArgument, match="vocabulary"):
+        continuation(restore(gpt), "Ü", 1, generator=torch.Generator())

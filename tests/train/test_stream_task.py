@@ -157,3 +157,14 @@ def test_imagenet_is_opened_by_its_name(folder):
     assert isinstance(opened, StreamTask)
     assert opened.facts.classes == 3
     assert next(opened.batches(2, 0)).inputs.shape == (2, 3, 224, 224)
+
+
+def test_hidden_files_are_no_images(folder):
+    (folder / "train" / "ant" / "._0.jpg").write_bytes(b"a Mac's notes on 0.jpg")
+    assert len(image_folder(folder).train.paths) == 12
+
+
+def test_pixels_of_16_bits_are_refused_rather_than_clipped_to_white(tmp_path):
+    PIL.Image.fromarray(numpy.full((20, 20), 30000, dtype=numpy.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(DataError, match=r"deep\.png holds a picture of mode I;16"):
+        crop(tmp_path / "deep.png", 8, None)

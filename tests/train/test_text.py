@@ -119,3 +119,10 @@ def test_a_task_is_opened_by_name_with_a_path_or_its_text_and_known_options_alon
     assert str(task("shakespeare", str(folder), context=4)) == str(task("shakespeare", folder, context=4))
     with pytest.raises(InvalidArgument, match=r"the option data_dir was given.*augment, context, workers.*folder"):
         task("shakespeare", data_dir=folder)
+
+
+def test_a_mark_before_the_text_is_no_character_of_it(tmp_path):
+    path = tmp_path / "marked.txt"
+    path.write_text(TEXT, encoding="utf-8-sig")
+    text = characters(f"text:{path}")
+    assert text.vocabulary.decode(torch.cat((text.train, text.validation))) == TEXT

@@ -9,6 +9,8 @@ import wrong_layers
 from modula_agd import (
     GELU,
     MLP,
+    QKV,
+    BatchNorm,
     Bond,
     Conv2d,
     CrossEntropy,
@@ -18,6 +20,7 @@ from modula_agd import (
     Linear,
     Multiply,
     ReLU,
+    RMSNorm,
     SquareLoss,
     Tuple,
 )
@@ -152,3 +155,25 @@ def test_a_law_that_could_not_be_measured_is_not_called_broken():
 def test_mistakes_in_the_call_are_no_verdicts(options):
     with pytest.raises(InvalidArgument):
         check(ReLU(), cases=2, **options)
+
+
+def test_what_no_law_was_tried_on_is_said():
+    floored = Linear(3, 3) @ RMSNorm(floor=0.2) @ Linear(3, 4)
+    report = check(floored, cases=2)
+    assert report.ok  # of the norms of its weights
+    assert "no law was tried on Linear(3, 3) @ RMSNorm(floor=0.2) @ Linear(3, 4)" in str(report)
+    assert "norm ≥ 0.2" in str(report)
+    assert "gives a tuple" in str(check(QKV(2, 4, 8), cases=2))
+    assert check(Linear(3, 3) @ ReLU() @ Linear(3, 4), cases=2).untried == ()
+
+
+def test_a_report_of_nothing_is_not_ok():
+    report = check((ReLU() @ RMSNorm(floor=0.5)).bind(Features(4)), cases=2)
+    assert report.findings == ()
+    assert not report.ok
+
+
+def test_a_batch_norm_is_tried_on_batches_that_it_takes():
+    report = check(Linear(3, 4) @ BatchNorm(count=3) @ Linear(4, 3), cases=20)
+    assert report.ok, str(report)
+    assert {"magnitude", "growth"} <= {finding.law for finding in report.findings}
