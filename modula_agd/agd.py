@@ -12,7 +12,7 @@ from modula_agd.run import Constants
 from modula_agd.space import finite
 
 MOMENTUM = 0.95
-"""β where nothing else is asked for: the one value that was chosen, by training losses alone (docs/benchmarks.md)."""
+"""β where nothing else is asked for: the value of the first prototype, not tuned since (docs/benchmarks.md)."""
 
 
 def agd(

@@ -30,7 +30,7 @@ from torch.nn import functional
 from modula_agd import bound as algebra
 from modula_agd.bound import Bound, Gain, Number
 from modula_agd.error import InvalidArgument, SpaceMismatch
-from modula_agd.layer import Atom, Bond
+from modula_agd.layer import Atom, Bond, LinearBond
 from modula_agd.module import parts_of
 from modula_agd.norm import Norm, RowBlocks, Spectral
 from modula_agd.space import Heads, Mask, Sequence, Space, Tuple, finite, flag, positive
@@ -119,7 +119,7 @@ class QKV(Atom):
 
 
 @dataclass(frozen=True)
-class SplitHeads(Bond):
+class SplitHeads(LinearBond):
     """Sequence(h·d) → Heads(h, d).
 
     Args:
@@ -127,7 +127,6 @@ class SplitHeads(Bond):
     """
 
     heads: int
-    at_zero: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         positive("the number of heads of SplitHeads", self.heads)
@@ -135,10 +134,6 @@ class SplitHeads(Bond):
     @property
     def gain(self) -> Gain:
         return _splitting(self.heads)
-
-    @property
-    def curvature(self) -> float | None:
-        return 0.0
 
     def codomain_of(self, domain: Space) -> Space:
         if not isinstance(domain, Sequence) or domain.width % self.heads:
@@ -159,15 +154,10 @@ class SplitHeads(Bond):
 
 
 @dataclass(frozen=True)
-class MergeHeads(Bond):
+class MergeHeads(LinearBond):
     """Heads(h, d) → Sequence(h·d): the mean square over all is the mean over heads, at most the largest."""
 
     gain: ClassVar[Gain] = Gain.exact(1.0, "a mean over heads is at most the largest", "heads of equal size")
-    at_zero: ClassVar[float] = 0.0
-
-    @property
-    def curvature(self) -> float | None:
-        return 0.0
 
     def codomain_of(self, domain: Space) -> Space:
         if not isinstance(domain, Heads):

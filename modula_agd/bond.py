@@ -19,7 +19,7 @@ from torch.nn import functional
 from modula_agd import bound as algebra
 from modula_agd.bound import Bound, Gain
 from modula_agd.error import InvalidArgument, SpaceMismatch
-from modula_agd.layer import Bond
+from modula_agd.layer import Bond, LinearBond
 from modula_agd.module import parts_of
 from modula_agd.space import Features, Image, Logits, Sequence, Space, Tuple, Volume, positive
 
@@ -160,17 +160,12 @@ def Abs() -> Elementwise:
 
 
 @dataclass(frozen=True)
-class _Linear(Bond, ABC):
+class _Linear(LinearBond, ABC):
     """Shared by the bonds that are linear and do not enlarge the norm."""
 
     gain: ClassVar[Gain] = Gain.exact(
         1.0, "an average or a rearrangement never exceeds the supremum over positions", "constant input"
     )
-    at_zero: ClassVar[float] = 0.0
-
-    @property
-    def curvature(self) -> float | None:
-        return 0.0
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,20 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modula_agd.bound import Gain
 from modula_agd.error import InvalidArgument, SpaceMismatch
-from modula_agd.layer import Bond, applied
+from modula_agd.layer import LinearBond, applied
 from modula_agd.run import EVALUATION, Parameters, Run
 from modula_agd.space import Mask, Space, Tokens, finite
 
 
 @dataclass(frozen=True)
-class Dropout(Bond):
+class Dropout(LinearBond):
     """Each entry zeroed with probability p in training, the others divided by 1 − p; nothing in evaluation.
 
     Its bound is about one mask, the same before and after a step: then it is linear.
@@ -25,7 +25,6 @@ class Dropout(Bond):
     """
 
     probability: float
-    at_zero: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if not (finite(self.probability) and 0 <= self.probability < 1):
@@ -45,10 +44,6 @@ class Dropout(Bond):
             witness="nothing dropped by chance",
             mean_field="a share 1 − p of the square is kept, divided by (1 − p)²",
         )
-
-    @property
-    def curvature(self) -> float | None:
-        return 0.0
 
     def codomain_of(self, domain: Space) -> Space:
         if isinstance(domain, Tokens | Mask):

@@ -217,3 +217,14 @@ class Bond(Module, ABC):
     def propagate(self, x: Any, step: Step, path: str = "") -> Any:
         constant = step.constant(getattr(self, "gain"))  # noqa: B009
         return _graded(self.rule(x, constant.value), constant, f"Lipschitz constant of {self!r}")
+
+
+@dataclass(frozen=True)
+class LinearBond(Bond, ABC):
+    """A linear map without weights: 0 at 0, and without a second order. A final subclass still declares its ``gain``."""
+
+    at_zero: ClassVar[float] = 0.0
+
+    @property
+    def curvature(self) -> float | None:
+        return 0.0

@@ -30,9 +30,7 @@ from modula_agd.module import Module
 from modula_agd.norm import Direction, wide
 from modula_agd.run import Constants, Weighted
 from modula_agd.space import Space, brief
-from modula_agd.state import State, odd_momentum
-
-Scalar = Float[Tensor, ""]
+from modula_agd.state import Scalar, State, odd_momentum
 
 
 class Plan(NamedTuple):

@@ -263,12 +263,10 @@ class Branches(Composite):
         return f"({', '.join(map(repr, self.parts))})"
 
 
-@dataclass(frozen=True)
-class Scaled(Module):
-    """A module whose output is multiplied by a number."""
+class Wrapper(Module, ABC):
+    """Shared by the modules that have the spaces of the one inside."""
 
-    factor: float
-    inner: Module
+    inner: Module  # a field of every final subclass, after its own
 
     @property
     def domain(self) -> Space | None:
@@ -278,18 +276,26 @@ class Scaled(Module):
     def codomain(self) -> Space | None:
         return self.inner.codomain
 
-    @property
-    def children(self) -> tuple[tuple[str, Module], ...]:
-        return (("", self.inner),)
-
     def rebuilt(self, children: tuple[Any, ...]) -> Self:
-        return replace(self, inner=children[0])
+        return replace(self, inner=children[0])  # pyright: ignore[reportArgumentType] (finals are dataclasses)
 
     def bind(self, domain: Space) -> Self:
-        return replace(self, inner=self.inner.bind(domain))
+        return replace(self, inner=self.inner.bind(domain))  # pyright: ignore[reportArgumentType]
 
     def preimage(self, codomain: Space) -> Space | None:
         return self.inner.preimage(codomain)
+
+
+@dataclass(frozen=True)
+class Scaled(Wrapper):
+    """A module whose output is multiplied by a number."""
+
+    factor: float
+    inner: Module
+
+    @property
+    def children(self) -> tuple[tuple[str, Module], ...]:
+        return (("", self.inner),)
 
     def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Any:
         return self.factor * self.inner.apply(params, x, path, run)

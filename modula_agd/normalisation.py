@@ -127,13 +127,8 @@ class Normalisation(Bond, ABC):
 
 
 @dataclass(frozen=True, repr=False)
-class RMSNorm(Normalisation):
-    """x/sqrt(RMS(x)² + ε) at each position (Zhang & Sennrich 2019, arXiv:1910.07467), without a scale.
-
-    Args:
-        floor: f > 0, the least norm that an input is assumed to have before and after every step.
-        eps: ε > 0.
-    """
+class _PerPosition(Normalisation, ABC):
+    """Shared by the layers that look at one position at a time: nothing is concentrated, and ε bounds the second order."""
 
     @property
     def spread(self) -> float:
@@ -142,6 +137,16 @@ class RMSNorm(Normalisation):
     @property
     def curvature(self) -> float | None:
         return CURVED / (2 * self.eps)
+
+
+@dataclass(frozen=True, repr=False)
+class RMSNorm(_PerPosition):
+    """x/sqrt(RMS(x)² + ε) at each position (Zhang & Sennrich 2019, arXiv:1910.07467), without a scale.
+
+    Args:
+        floor: f > 0, the least norm that an input is assumed to have before and after every step.
+        eps: ε > 0.
+    """
 
     def divisors(self, x: Tensor) -> Tensor:
         return self._features_last(x, lambda y: y.square().mean(-1, keepdim=True).sqrt())
@@ -151,7 +156,7 @@ class RMSNorm(Normalisation):
 
 
 @dataclass(frozen=True, repr=False)
-class LayerNorm(Normalisation):
+class LayerNorm(_PerPosition):
     """RMS norm of x − mean(x) at each position (Ba, Kiros & Hinton 2016, arXiv:1607.06450), without scale and bias.
 
     Subtracting the mean over features is a projection, which enlarges no change; the floor is one after the subtraction.
@@ -160,14 +165,6 @@ class LayerNorm(Normalisation):
         floor: f > 0, the least deviation over features that an input is assumed to have before and after every step.
         eps: ε > 0.
     """
-
-    @property
-    def spread(self) -> float:
-        return 1.0
-
-    @property
-    def curvature(self) -> float | None:
-        return CURVED / (2 * self.eps)
 
     def divisors(self, x: Tensor) -> Tensor:
         return self._features_last(x, lambda y: y.std(-1, correction=0, keepdim=True))

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from modula_agd.bound import Gain
 from modula_agd.error import InvalidArgument, SpaceMismatch, UnknownBound
-from modula_agd.layer import Bond
+from modula_agd.layer import Bond, LinearBond
 from modula_agd.space import POSITIONED, Space, channels_first, per_dimension, positive
 
 Numbers = int | tuple[int, ...]
@@ -105,14 +105,10 @@ class _Windows(_Pool, ABC):
 
 
 @dataclass(frozen=True, repr=False)
-class _Average(_Windows, ABC):
+class _Average(_Windows, LinearBond, ABC):
     """Shared by the averages over windows."""
 
     gain: ClassVar[Gain] = _AVERAGING
-
-    @property
-    def curvature(self) -> float | None:
-        return 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         return self._pooled(_AVERAGE[self.dims], x)
@@ -225,7 +221,7 @@ class _Adaptive(_Pool, ABC):
 
 
 @dataclass(frozen=True, repr=False)
-class AdaptiveAvgPool2d(_Adaptive):
+class AdaptiveAvgPool2d(_Adaptive, LinearBond):
     """Average over height × width windows that cover an Image of any size.
 
     Args:
@@ -237,10 +233,6 @@ class AdaptiveAvgPool2d(_Adaptive):
     """
 
     gain: ClassVar[Gain] = _AVERAGING
-
-    @property
-    def curvature(self) -> float | None:
-        return 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.adaptive_avg_pool2d(x, (self.height, self.width))

@@ -10,7 +10,7 @@ from torch import Tensor
 from modula_agd import bound as algebra
 from modula_agd.bound import Bound, Gain, Number, source
 from modula_agd.error import InvalidArgument, SpaceMismatch
-from modula_agd.layer import Atom, Bond
+from modula_agd.layer import Atom, LinearBond
 from modula_agd.module import mismatch
 from modula_agd.norm import Norm, RowNorm
 from modula_agd.space import Heads, Sequence, Space, Tokens, finite, positive
@@ -80,7 +80,7 @@ class Positions(Atom):
 
 
 @dataclass(frozen=True)
-class Rotary(Bond):
+class Rotary(LinearBond):
     """Rotary positions on Heads (Su et al. 2021, arXiv:2104.09864): feature pairs (j, j + d/2) at time t turn by t·base^(−2j/d).
 
     A rotation at each position: no norm changes, and it is linear.
@@ -91,15 +91,10 @@ class Rotary(Bond):
 
     base: float = 10000.0
     gain: ClassVar[Gain] = Gain.exact(1.0, "a rotation at each position", "any")
-    at_zero: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if not (finite(self.base) and self.base > 1):
             raise InvalidArgument(f"Rotary was given base={self.base!r}, which must be a finite number above 1")
-
-    @property
-    def curvature(self) -> float | None:
-        return 0.0
 
     def codomain_of(self, domain: Space) -> Space:
         if not isinstance(domain, Heads) or domain.width % 2:

@@ -19,7 +19,7 @@ from modula_agd.compound import Form, SwiGLU, linear, normalised, residual
 from modula_agd.convolution import Conv2d
 from modula_agd.dropout import Dropout
 from modula_agd.error import InvalidArgument, SpaceMismatch
-from modula_agd.layer import Bond
+from modula_agd.layer import LinearBond
 from modula_agd.module import Module
 from modula_agd.normalisation import LayerNorm
 from modula_agd.position import Positions, Rotary
@@ -141,7 +141,7 @@ def GPT(
 
 
 @dataclass(frozen=True)
-class _Sized(Bond):
+class _Sized(LinearBond):
     """The image itself, which must have one size: a convolution would leave out what fills no patch.
 
     Args:
@@ -150,11 +150,6 @@ class _Sized(Bond):
 
     side: int
     gain: ClassVar[Gain] = Gain.exact(1.0, "nothing happens to the image", "any")
-    at_zero: ClassVar[float] = 0.0
-
-    @property
-    def curvature(self) -> float | None:
-        return 0.0
 
     def forward(self, x: Any) -> Any:
         if x.shape[-2:] != (self.side, self.side):

@@ -17,7 +17,7 @@ from torch import Tensor
 from modula_agd.bound import Bound, Gain
 from modula_agd.error import InvalidArgument, SpaceMismatch, UnknownBound
 from modula_agd.layer import Bond
-from modula_agd.module import Composite, Module, parts_of, tuple_of
+from modula_agd.module import Composite, Module, Wrapper, parts_of, tuple_of
 from modula_agd.run import EVALUATION, Parameters, Run, Step, Weighted
 from modula_agd.space import Space, Tuple
 
@@ -76,7 +76,7 @@ def each(*parts: Module) -> Module:
 
 
 @dataclass(frozen=True)
-class Shared(Module):
+class Shared(Wrapper):
     """A module whose weights are named once and for all, so that every use of the name has the same ones.
 
     A weight counts once per use in the bound, and is one parameter, drawn once and moved once. Uses may be different
@@ -97,25 +97,8 @@ class Shared(Module):
             )
 
     @property
-    def domain(self) -> Space | None:
-        return self.inner.domain
-
-    @property
-    def codomain(self) -> Space | None:
-        return self.inner.codomain
-
-    @property
     def children(self) -> tuple[tuple[str, Module], ...]:
         return ((self.name, self.inner),)
-
-    def rebuilt(self, children: tuple[Any, ...]) -> Self:
-        return replace(self, inner=children[0])
-
-    def bind(self, domain: Space) -> Self:
-        return replace(self, inner=self.inner.bind(domain))
-
-    def preimage(self, codomain: Space) -> Space | None:
-        return self.inner.preimage(codomain)
 
     def atoms(self, path: str = "") -> Iterator[tuple[str, Weighted]]:
         return self.inner.atoms(self.name)

@@ -29,6 +29,12 @@ _SMALL_CORNER = replace(WITNESS, inputs="corner", magnitude=1e-6)
 # ‖x‖² = ε/4 is where x/sqrt(‖x‖² + ε) is most curved; ε = 1e-6
 _CURVED = replace(WITNESS, magnitude=0.5e-3, input_step=1e-3)
 _TURNED = replace(WITNESS, inputs="constant", input_steps="corner", magnitude=1e3, input_step=1e-3)
+_RMS = {
+    "magnitude": _CORNER,
+    "growth": replace(WITNESS, magnitude=1e-6),
+    "second order": _CURVED,
+    "floor": _TURNED,
+}
 _SPREAD = {"growth": "one position cannot take all of the change and all of the norm"}
 _CENTRED = {"floor": "attained by RMSNorm on what subtracting the mean leaves, which no kind of draw is"}
 
@@ -60,26 +66,8 @@ STRUCTURED: dict[str, Construction] = {
         {**STATIC, "magnitude": "probabilities are below 1"},
     ),
     "ToSequence": Construction(ToSequence().bind(Image(2)), loose=STATIC | EXACT),
-    "RMSNorm": Construction(
-        RMSNorm().bind(Features(4)),
-        {
-            "magnitude": _CORNER,
-            "growth": replace(WITNESS, magnitude=1e-6),
-            "second order": _CURVED,
-            "floor": _TURNED,
-        },
-        STATIC,
-    ),
-    "RMSNorm on Image": Construction(
-        RMSNorm().bind(Image(4)),
-        {
-            "magnitude": _CORNER,
-            "growth": replace(WITNESS, magnitude=1e-6),
-            "second order": _CURVED,
-            "floor": _TURNED,
-        },
-        STATIC,
-    ),
+    "RMSNorm": Construction(RMSNorm().bind(Features(4)), _RMS, STATIC),
+    "RMSNorm on Image": Construction(RMSNorm().bind(Image(4)), _RMS, STATIC),
     "LayerNorm": Construction(
         LayerNorm().bind(Sequence(4)),
         {"magnitude": _CORNER, "growth": _SMALL_CORNER, "second order": replace(_CURVED, inputs="corner")},
