@@ -12,7 +12,7 @@ from modula_agd.run import Constants
 from modula_agd.space import finite
 
 MOMENTUM = 0.95
-"""β where nothing else is asked for: the value of the first prototype, not tuned since (docs/benchmarks.md)."""
+"""β where nothing else is asked for, chosen by training losses of all tasks together (docs/benchmarks.md)."""
 
 
 def agd(
@@ -26,6 +26,9 @@ def agd(
     magnitude: float = 1.0,
     nonfinite: Literal["raise", "skip"] = "raise",
     momentum: float | Literal["auto"] | None = "auto",
+    smoothing: float | Literal["auto"] = "auto",
+    refresh: int | Literal["auto"] = "auto",
+    decay: float = 0.0,
 ) -> Method:
     """A method without a learning rate, derived from what the network and the loss declare.
 
@@ -42,6 +45,11 @@ def agd(
         momentum: β, 0 ≤ β < 1, for minibatches: the direction is made of past gradients, and the fresh one measures the
             descent along it. None, for full batches, makes both of the same gradient. "auto" is 0.95, and None for a
             certified search.
+        smoothing: β_s, 0 ≤ β_s < 1, of the mean of measured descents, where there is momentum. "auto" is the momentum's.
+        refresh: steps ≥ 1 that a spectral direction serves where there is momentum; above 1 each is kept, which is one more
+            buffer of the weight's size. "auto" is 1 on an accelerator and for short sides below 128, and up to 4 on a CPU.
+        decay: λ ≥ 0, relative weight decay: a weight of norm ω loses λ·m·t of itself while it moves by m·t·ω, so that its norm
+            tends to at most size/λ. Counted in the growth, which the step is then shorter by.
 
     Raises:
         InvalidArgument: an option is unknown, or contradicts the search.
@@ -86,7 +94,38 @@ def agd(
             "a certified search was combined with momentum, but it certifies steps along the gradient of a full batch. "
             "Leave momentum out."
         )
-    method = Method(network, loss, direction, search, sizes, constants, float(magnitude), nonfinite, momentum)
+    if smoothing != "auto" and not (finite(smoothing) and 0 <= smoothing < 1):
+        raise InvalidArgument(f"agd was given smoothing={smoothing!r}, which must be at least 0 and below 1")
+    if smoothing != "auto" and momentum is None:
+        raise InvalidArgument(
+            "agd was given smoothing without momentum, where the descent is the gradient's own and nothing is averaged. "
+            "Leave smoothing out."
+        )
+    if refresh != "auto" and not (isinstance(refresh, int) and not isinstance(refresh, bool) and refresh >= 1):
+        raise InvalidArgument(f"agd was given refresh={refresh!r}, which must be a whole number of steps ≥ 1")
+    if not (finite(decay) and decay >= 0):
+        raise InvalidArgument(f"agd was given decay={decay!r}, which must be a finite number ≥ 0")
+    if decay > 0 and search.needs_evidence:
+        raise InvalidArgument(
+            "a certified search was combined with decay, which raises the loss where it pulls against the gradient. "
+            "Leave decay out."
+        )
+    mean = momentum if smoothing == "auto" else smoothing
+    period = None if refresh == "auto" else refresh
+    method = Method(
+        network,
+        loss,
+        direction,
+        search,
+        sizes,
+        constants,
+        float(magnitude),
+        nonfinite,
+        momentum,
+        mean,
+        period,
+        float(decay),
+    )
     method._conversion()
     search.check(network.bound(0.0, magnitude=magnitude, constants=constants))
     return method

@@ -189,16 +189,23 @@ class Attention(Bond):
     causal: bool = field(default=False, kw_only=True)
     scale: float | None = field(default=None, kw_only=True)
     at_zero: ClassVar[float] = 0.0
-    gain: ClassVar[Gain] = Gain.exact(
-        1.0,
-        "an average over positions; scores by softmax ‖Δp‖₁ ≤ 2·tanh(ε/2)",
-        "two groups of opposite keys and values",
-    )
 
     def __post_init__(self) -> None:
         flag("causal of an Attention", self.causal)
         if self.scale is not None and not (finite(self.scale) and self.scale > 0):
             raise InvalidArgument(f"Attention was given scale={self.scale!r}; a score scale is a finite number > 0")
+
+    @property
+    def gain(self) -> Gain:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What the scores' sensitivity σ is multiplied by; values pass by an average, whose constant is 1."""
+        width = 1 if self.on is None else self._heads(self.on)[0].width
+        return Gain.of(
+            1.0,
+            1 / math.sqrt(width),
+            source="|q·k| ≤ d·‖q‖·‖k‖; scores move attention by softmax ‖Δp‖₁ ≤ 2·tanh(ε/2)",
+            witness="two groups of opposite keys and values",
+            mean_field="a product q·k of independent features of mean square 1 has standard deviation sqrt(d), not d",
+        )
 
     def _heads(self, domain: Space) -> tuple[Heads, Heads, Heads]:
         parts = domain.parts if isinstance(domain, Tuple) else ()
@@ -223,7 +230,7 @@ class Attention(Bond):
     def rule(self, x: Any, gain: float) -> Bound:
         (queries, keys, values), _ = self._parted(x)
         width = 1 if self.on is None else self._heads(self.on)[0].width
-        return algebra.attention(queries, keys, values, 1.0 if self.scale is None else self.scale * width)
+        return algebra.attention(queries, keys, values, gain * (1.0 if self.scale is None else self.scale * width))
 
     def _parted(self, x: Any) -> tuple[tuple[Any, ...], Any]:
         """Queries, keys and values, or their bounds; and what stands for the mask, if there is one."""

@@ -4,7 +4,7 @@ On a minibatch, ⟨g, u(g)⟩ counts noise as descent: a gradient always agrees 
 momentum β the direction is made of *past* gradients, and the *fresh* one, which it has not seen, measures the descent at
 the same point:
 
-    u_t = direction of m_{t−1}          s_t = Σ_k m_k·ω_k·⟨g_t, u_t⟩          Ŝ_t = mean of s_1 … s_t, with weights β^(t−i)
+    u_t = direction of m_{t−1}          s_t = Σ_k m_k·ω_k·⟨g_t, u_t⟩          Ŝ_t = mean of s_1 … s_t, with weights β_s^(t−i)
     m_t = β·m_{t−1} + (1 − β)·g_t       t = argmin of the majorant at max(Ŝ_t, 0)
 
 The expectation of s_t over the fresh batch is the true descent along u_t. As signal drowns in noise Ŝ → 0, and the step with it.
@@ -25,21 +25,21 @@ OUTLIER = 3.0
 """Root-mean-squares from which a measured descent is cut: three standard deviations of pure noise."""
 
 
-def measured(descent: Scalar, state: State, momentum: float | None) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+def measured(descent: Scalar, state: State, smoothing: float | None) -> tuple[Scalar, Scalar, Scalar, Scalar]:
     """The descent to reckon with, and the state's ``smoothed``, ``scale`` and ``weight`` with the fresh measurement counted in.
 
     Args:
         descent: s_t, finite; 0 where there is nothing to measure (a zero gradient, a skipped batch), which counts in no mean.
         state: before the update.
-        momentum: β; None takes the descent as it is.
+        smoothing: β_s; None takes the descent as it is.
 
     Returns:
         Ŝ_t (0 where s_t is 0: a zero gradient means a zero step, whatever the past says), smoothed, scale, weight.
     """
     smoothed, scale, weight = state.smoothed, state.scale, state.weight
-    if momentum is None:
+    if smoothing is None:
         return descent, smoothed, scale, weight
-    share = (1 - momentum) * (descent != 0).to(descent.dtype)
+    share = (1 - smoothing) * (descent != 0).to(descent.dtype)
     bound = torch.where(weight > 0, OUTLIER * (scale / weight.clamp(min=1e-12)).sqrt(), torch.inf)
     cut = torch.minimum(torch.maximum(descent, -bound), bound)
     smoothed, scale = smoothed.lerp(cut, share), scale.lerp(cut.square(), share)
@@ -48,17 +48,26 @@ def measured(descent: Scalar, state: State, momentum: float | None) -> tuple[Sca
 
 
 def renewed(
-    past: Mapping[str, Tensor], grads: Mapping[str, Tensor], momentum: float, finite: Bool[Tensor, ""] | None
+    past: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    share: float,
+    finite: Bool[Tensor, ""] | None,
+    *,
+    in_place: bool = False,
 ) -> dict[str, Tensor]:
     """m_t of each parameter; its first gradient is its momentum.
 
     Args:
         past: m_{t−1} by name.
         grads: the fresh gradients by name, detached.
-        momentum: β.
+        share: 1 − β, what the fresh gradient counts for.
         finite: where False, the past is kept; None where that has been looked at.
+        in_place: write over ``past``, for an optimizer that owns it.
     """
     fresh = {name: gradient.to(working_dtype(gradient.dtype)) for name, gradient in grads.items()}
+    if finite is not None:
+        still = {name: past.get(name, torch.zeros_like(value)) for name, value in fresh.items()}
+        fresh = {name: torch.where(finite, value, still[name].to(value)) for name, value in fresh.items()}
     known = [name for name in fresh if name in past]
     # a copy: the caller may clear gradients in place
     moved = dict(past) | {name: value.clone() for name, value in fresh.items() if name not in past}
@@ -67,11 +76,9 @@ def renewed(
         # parameters may have been moved to another dtype since
         old = [past[name].to(value.dtype) for name, value in zip(known, new, strict=True)]
         # one kernel for all parameters, as in torch's own optimizers
-        means = torch._foreach_lerp(old, new, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
-        moved |= dict(zip(known, means, strict=True))
-    if finite is None:
-        return moved
-    return {
-        name: torch.where(finite, value, past.get(name, torch.zeros_like(value)).to(value))
-        for name, value in moved.items()
-    }
+        if in_place:
+            torch._foreach_lerp_(old, new, share)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            old = torch._foreach_lerp(old, new, share)  # pyright: ignore[reportPrivateImportUsage]
+        moved |= dict(zip(known, old, strict=True))
+    return moved

@@ -51,7 +51,7 @@ class KernelNorm(Norm, ABC):
     ) -> Float[Tensor, "k groups out in_"]:
         """The ``count`` taps that ``stacked`` made the stacks of."""
 
-    def matrices(self, kernel: Float[Tensor, "a b *kernel"]) -> list[Float[Tensor, "stack groups rows cols"]]:
+    def cut(self, kernel: Float[Tensor, "a b *kernel"]) -> list[Float[Tensor, "stack groups rows cols"]]:
         """The matrices that a kernel is cut into, in one stack for each of their shapes."""
         # one name for any number of kernel dimensions
         layout = "(g i) o k -> k g o i" if self.transposed else "(g o) i k -> k g o i"
@@ -65,23 +65,37 @@ class KernelNorm(Norm, ABC):
         return rearrange(self.unstacked(matrices, math.prod(shape[2:])), layout).reshape(shape)
 
     def size(self, weight: Float[Tensor, "a b *kernel"]) -> Scalar:
-        return self.factor * torch.stack([self.inner.size(x) for x in self.matrices(weight)]).amax()
+        return self.factor * torch.stack([self.inner.size(x) for x in self.cut(weight)]).amax()
 
     def bound(self, weight: Float[Tensor, "a b *kernel"]) -> Scalar:
-        return self.factor * torch.stack([self.inner.bound(x) for x in self.matrices(weight)]).amax()
+        return self.factor * torch.stack([self.inner.bound(x) for x in self.cut(weight)]).amax()
 
     def direction(self, gradient: Float[Tensor, "a b *kernel"]) -> Direction:
-        units = [self.inner.direction(x).dense() for x in self.matrices(gradient)]
-        kernel = self.kernel(units, gradient.shape)
+        return self._joined([self.inner.direction(x) for x in self.cut(gradient)], gradient.shape)
+
+    def matrices(self, gradient: Float[Tensor, "a b *kernel"]) -> list[Float[Tensor, "*stack rows cols"]]:
+        return [matrix for part in self.cut(gradient) for matrix in self.inner.matrices(part)]
+
+    def assembled(
+        self, gradient: Float[Tensor, "a b *kernel"], factors: list[Float[Tensor, "*stack rows cols"]]
+    ) -> Direction:
+        left, units = list(factors), []
+        for part in self.cut(gradient):
+            own = [left.pop(0) for _ in self.inner.matrices(part)]
+            units.append(self.inner.assembled(part, own))
+        return self._joined(units, gradient.shape)
+
+    def _joined(self, units: list[Direction], shape: torch.Size) -> Direction:
+        kernel = self.kernel([unit.dense() for unit in units], shape)
         return Direction(kernel, kernel.new_full((), 1 / self.factor, dtype=working_dtype(kernel.dtype)))
 
     def dual(self, gradient: Float[Tensor, "a b *kernel"]) -> Scalar:
-        return torch.stack([self.inner.dual(x) for x in self.matrices(gradient)]).sum() / self.factor
+        return torch.stack([self.inner.dual(x) for x in self.cut(gradient)]).sum() / self.factor
 
     def draw(
         self, shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
     ) -> Float[Tensor, "a b *kernel"]:
-        shapes = [tuple(x.shape) for x in self.matrices(torch.empty(shape, device="meta"))]
+        shapes = [tuple(x.shape) for x in self.cut(torch.empty(shape, device="meta"))]
         drawn = [self.inner.draw(x, generator, generator.device, drawing_dtype(generator)) for x in shapes]
         return self.kernel([x / self.factor for x in drawn], shape).to(device, dtype).contiguous()
 

@@ -8,7 +8,7 @@ layer is part of, the step, follows.
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -124,6 +124,9 @@ class Atom(Module, ABC):
         if not isinstance(mass, int | float):
             raise InvalidArgument(f"with_mass was given {mass!r}; a mass is a finite number ≥ 0")
         return replace(self, mass=self.mass * mass)
+
+    def with_masses(self, masses: Mapping[str, float], path: str = "") -> Self:
+        return replace(self, mass=masses.get(join(path, self.parameter), self.mass))
 
 
 @dataclass(frozen=True)

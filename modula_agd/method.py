@@ -17,20 +17,24 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from modula_agd.bound import Bound, Number
 from modula_agd.device import precise
+from modula_agd.directions import directions, due, period
 from modula_agd.error import InvalidArgument, NonFiniteGradient, UnknownBound
+from modula_agd.forecast import forecast
 from modula_agd.held_out import measured, renewed
+from modula_agd.inspection import check_parameters, check_update
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence, Majorant, Search
 from modula_agd.module import Module
-from modula_agd.norm import Direction, wide
+from modula_agd.norm import Direction, Norm, wide
 from modula_agd.run import Constants, Weighted
 from modula_agd.space import Space, brief
-from modula_agd.state import Scalar, State, odd_momentum
+from modula_agd.space import finite as finite_number
+from modula_agd.state import Scalar, State
 
 
 class Plan(NamedTuple):
@@ -41,12 +45,38 @@ class Plan(NamedTuple):
         bound: the network's bound at those steps.
         sizes: declared ω_k.
         masses: m_k.
+        periods: steps that a direction of each parameter serves.
     """
 
     points: Float[Tensor, " points"]
     bound: Bound
     sizes: Float[Tensor, " parameters"]
     masses: Float[Tensor, " parameters"]
+    periods: dict[str, int]
+
+
+class Move(NamedTuple):
+    """A step before it is made.
+
+    Args:
+        directions: u_k of each parameter that moves.
+        gradients: its gradient.
+        amounts: −t·m_k·ω_k of each parameter, 0-d.
+        shrink: λ·m_k·t, the share of a weight that decays; empty without decay.
+        finite: False where nothing may move; None where that has been looked at.
+        state: the new state, but for the momentum.
+    """
+
+    directions: dict[str, Direction]
+    gradients: dict[str, Tensor]
+    amounts: dict[str, Scalar]
+    shrink: dict[str, Scalar]
+    finite: Bool[Tensor, ""] | None
+    state: State
+
+    def factor(self, name: str, direction: Direction) -> Tensor:
+        """What the direction's base is multiplied with."""
+        return (direction.factor * self.amounts[name]).to(direction.base.dtype)
 
 
 @dataclass(frozen=True)
@@ -62,12 +92,20 @@ class Method:
     magnitude: float
     nonfinite: Literal["raise", "skip"]
     momentum: float | None = None
+    smoothing: float | None = None
+    refresh: int | None = None
+    decay: float = 0.0
     _plans: dict[torch.device, Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def atoms(self) -> dict[str, Weighted]:
         """Each atom by the name of its parameter."""
         return self.network.weights()
+
+    @cached_property
+    def masses(self) -> dict[str, float]:
+        """m_k of each parameter."""
+        return {name: atom.mass for name, atom in self.atoms.items()}
 
     @property
     def needs_evidence(self) -> bool:
@@ -111,21 +149,10 @@ class Method:
         Raises:
             InvalidArgument: the parameters are not the network's.
         """
-        atoms = self.atoms
-        if set(params) != set(atoms):
-            raise InvalidArgument(
-                f"the method was built for a network with parameters {sorted(atoms)}, but was given {sorted(params)}. "
-                "Pass what network.init() returns."
-            )
-        for name, atom in atoms.items():
-            if tuple(params[name].shape) != atom.shape:
-                raise InvalidArgument(
-                    f"parameter {name!r} has shape {tuple(params[name].shape)}, but its module declares {atom.shape}"
-                )
+        check_parameters(self.atoms, params)
         device = next(iter(params.values())).device
         plan = self._plan(device)
         zero = torch.zeros((), device=device, dtype=precise(device))
-        many = zero.expand(len(atoms)).clone()
         count = torch.zeros((), device=device, dtype=torch.int64)
         return State(
             eta=zero,
@@ -134,14 +161,21 @@ class Method:
             change=zero,
             magnitude=zero + plan.bound.magnitude,
             depth=zero + plan.bound.depth,
-            descents=many,
+            descents=zero.expand(len(self.atoms)).clone(),
             sizes=plan.sizes,
             steps=count,
             skipped=count,
             smoothed=zero,
             scale=zero,
             weight=zero,
+            clock=torch.zeros((), dtype=torch.int64),
+            loss=zero + torch.inf,
+            predicted=zero,
+            realised=zero,
+            wander=zero,
+            told=zero,
             momentum={},
+            directions={},
         )
 
     def update(
@@ -150,14 +184,19 @@ class Method:
         state: State,
         params: Mapping[str, Tensor],
         evidence: Evidence | None = None,
+        *,
+        value: Tensor | None = None,
+        part: float = 1.0,
     ) -> tuple[dict[str, Tensor], State]:
         """One step: what to add to the parameters, and the new state. Pure.
 
         Args:
             grads: gradient of the mean loss by parameter name; a parameter without one (None or absent) is left alone.
-            state: as ``init`` or the last ``update`` returned it.
+            state: as ``init``, ``absorb`` or the last ``update`` returned it.
             params: the parameters at which the gradient was taken.
             evidence: R and a₀ of the same batch, for a certified search.
+            value: the mean loss of the batch, 0-d, for the record of predicted and realised decrease in the state.
+            part: the share of the step's samples that the gradient is made of, where ``absorb`` was given the others.
 
         Returns:
             Updates by name, in each parameter's dtype (none for a parameter of mass 0 or without a gradient), and the state that
@@ -168,37 +207,82 @@ class Method:
                 ``state.skipped`` (asking the device would be a wait), and ``check`` raises when called.
             InvalidArgument: a gradient fits no parameter, or evidence is missing.
         """
-        atoms = self.atoms
+        move = self.decide(grads, state, params, evidence, value)
+        updates = {}
+        for name, direction in move.directions.items():
+            factor = move.factor(name, direction)
+            update = direction.base * factor
+            if self.decay:
+                update = update - (move.shrink[name] * params[name].detach()).to(update.dtype)
+            update = update.to(params[name].dtype)
+            updates[name] = torch.where(move.finite, update, 0.0) if move.finite is not None else update
+        momentum = state.momentum
+        if self.momentum is not None:
+            momentum = renewed(momentum, move.gradients, part * (1 - self.momentum), move.finite)
+        return updates, move.state._replace(momentum=momentum)
+
+    def absorb(
+        self, grads: Mapping[str, Tensor | None], state: State, params: Mapping[str, Tensor], part: float
+    ) -> State:
+        """Take a part of a step's samples into the direction before the rest measures the descent along it. Pure.
+
+        For gradient accumulation: what the other micro-batches then measure (``update`` with ``part``) is held out from them, and
+        the direction is as fresh as it can be. The very first step is measured without bias too.
+
+        Args:
+            grads: mean gradient of that part of the samples, at ``params``.
+            state: as ``init`` or the last ``update`` returned it.
+            params: the parameters.
+            part: the share of the step's samples that it is made of, between 0 and 1.
+
+        Raises:
+            InvalidArgument: the method has no momentum, or the share or a gradient is none.
+            NonFiniteGradient: as for ``update``.
+        """
+        if self.momentum is None:
+            raise InvalidArgument(
+                "absorb was called on a method without momentum, whose directions are made of the gradient itself. "
+                "Add the micro-batches' gradients up and call update once, or leave momentum=None out."
+            )
+        if not (finite_number(part) and 0 < part < 1):
+            raise InvalidArgument(f"absorb was given part={part!r}, which must lie between 0 and 1")
+        self._check_arguments(grads, state, params, None, needs_evidence=False)
+        gradients = self._gradients(grads)
+        totals = torch.stack([gradient.sum() for gradient in gradients.values()]) if gradients else torch.zeros(1)
+        masked = self._masked(totals.device)
+        if not masked and not bool(totals.isfinite().all()):
+            self._raise_nonfinite(dict(zip(gradients, totals.tolist(), strict=True)))
+        good = totals.isfinite().all() if masked else None
+        momentum = renewed(state.momentum, gradients, part * (1 - self.momentum), good)
+        # a direction kept from before would not have seen what was just absorbed
+        return state._replace(momentum=momentum, directions={})
+
+    def decide(
+        self,
+        grads: Mapping[str, Tensor | None],
+        state: State,
+        params: Mapping[str, Tensor],
+        evidence: Evidence | None = None,
+        value: Tensor | None = None,
+    ) -> Move:
+        """What ``update`` does, before anything is multiplied out; its state still holds the old momentum."""
         self._check_arguments(grads, state, params, evidence)
         device = next(iter(params.values())).device
-
         zero = torch.zeros((), device=device, dtype=precise(device))
-        directions: dict[str, Direction] = {}
-        descents = []
-        for name, atom in atoms.items():
-            gradient = grads.get(name)
-            if gradient is None or atom.mass == 0:
-                descents.append(zero)
-                continue
-            norm = atom.norm if self.direction == "spectral" else atom.norm.euclidean
-            gradient = gradient.detach()
-            if self.momentum is not None and name in state.momentum:
-                directions[name] = norm.direction(state.momentum[name]).where(gradient)
-            else:
-                directions[name] = norm.direction(gradient)
-            descents.append(directions[name].pair(gradient))
-        pairs = torch.stack(descents)
+        gradients = self._gradients(grads)
+        directions, kept = self._directions(gradients, state, device)
+        descents = {name: direction.pair(gradients[name]) for name, direction in directions.items()}
+        pairs = torch.stack([descents.get(name, zero) for name in self.atoms])
 
         sizes = self._sizes(params, device)
         reach = sizes * self._plan(device).masses
-        descent = (reach * pairs).sum()
+        descent = (reach * pairs).sum() + self._shrinking(gradients, params, device)
         finite = descent.isfinite()
-        # what cannot be looked at without a wait (or, compiled, without leaving the graph) is masked instead
-        masked = self.nonfinite == "skip" or device.type != "cpu" or torch.compiler.is_compiling()
+        masked = self._masked(device)
         if not masked:
-            self._raise_nonfinite(pairs * sizes)
+            self._raise_nonfinite(dict(zip(self.atoms, (pairs * sizes).tolist(), strict=True)))
 
-        usable, smoothed, scale, weight = measured(torch.where(finite, descent, 0.0), state, self.momentum)
+        usable, smoothed, scale, weight = measured(torch.where(finite, descent, 0.0), state, self.smoothing)
         if self.momentum is not None:
             # a zero gradient means a zero step of its weight, whatever the past says
             reach = reach * (pairs != 0)
@@ -208,15 +292,7 @@ class Method:
         finite = finite & best.t.isfinite()
         if not masked:
             self._raise_unusable(best.t, evidence)
-
-        updates = {}
-        for name, amount in zip(atoms, (-best.t * reach).unbind(), strict=True):
-            if name in directions:
-                direction = directions.pop(name)
-                factor = (direction.factor * amount).to(direction.base.dtype)
-                update = (direction.base * factor).to(params[name].dtype)
-                updates[name] = torch.where(finite, update, 0.0) if masked else update
-        after = State(
+        after = state._replace(
             eta=best.eta,
             t=best.t,
             descent=descent,
@@ -230,25 +306,66 @@ class Method:
             smoothed=smoothed,
             scale=scale,
             weight=weight,
-            momentum=self._momentum(state, grads, finite if masked else None),
+            clock=state.clock + 1,
+            directions=kept,
+            **forecast(state, value),
         )
-        return updates, after
+        amounts = dict(zip(self.atoms, (-best.t * reach).unbind(), strict=True))
+        shrink = {name: self.decay * self.masses[name] * best.t for name in directions} if self.decay else {}
+        return Move(directions, gradients, amounts, shrink, finite if masked else None, after)
 
     def check(self, state: State) -> None:
         """Raise ``NonFiniteGradient`` if the update behind ``state`` met one. Waits for the device."""
-        self._raise_nonfinite(state.descents * state.sizes)
+        self._raise_nonfinite(dict(zip(self.atoms, (state.descents * state.sizes).tolist(), strict=True)))
 
     # -- parts of an update ----------------------------------------------------------------------------------------------
 
-    def _momentum(self, state: State, grads: Mapping[str, Tensor | None], finite: Tensor | None) -> dict[str, Tensor]:
-        if self.momentum is None:
-            return {}
-        moving = {
-            name: gradient.detach()
-            for name, gradient in grads.items()
-            if gradient is not None and self.atoms[name].mass > 0
+    def _masked(self, device: torch.device) -> bool:
+        """Whether what cannot be looked at without a wait (or, compiled, without leaving the graph) is masked instead."""
+        return self.nonfinite == "skip" or device.type != "cpu" or torch.compiler.is_compiling()
+
+    def _gradients(self, grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Of each parameter that moves, in the network's order."""
+        found = {name: grads.get(name) for name, atom in self.atoms.items() if atom.mass > 0}
+        return {name: gradient.detach() for name, gradient in found.items() if gradient is not None}
+
+    def _directions(
+        self, gradients: Mapping[str, Tensor], state: State, device: torch.device
+    ) -> tuple[dict[str, Direction], dict[str, Tensor]]:
+        """u of each parameter, and those that shall serve further steps."""
+        periods = self._plan(device).periods
+        names = list(self.atoms)
+        lasting = {name for name in gradients if periods[name] > 1 and self.momentum is not None}
+        clock = int(state.clock) if lasting else 0
+        old = {name for name in lasting & state.directions.keys() if not due(clock, names.index(name), periods[name])}
+        sources = {name: state.momentum.get(name, gradients[name]) for name in gradients if name not in old}
+        fresh = directions(self.norms, sources)
+        kept = {name: fresh[name].dense() for name in fresh if name in lasting} | {n: state.directions[n] for n in old}
+        # what is kept for a parameter without a gradient this time stays
+        kept = {name: value for name, value in state.directions.items() if name not in kept} | kept
+        one = torch.ones((), device=device)
+        found = {name: Direction(kept[name], one.to(kept[name])) if name in old else fresh[name] for name in gradients}
+        if self.momentum is not None:
+            found = {name: direction.where(gradients[name]) for name, direction in found.items()}
+        return found, kept
+
+    def _shrinking(self, gradients: Mapping[str, Tensor], params: Mapping[str, Tensor], device: torch.device) -> Scalar:
+        """What decay alone lowers the loss by, to first order and per unit t: λ·Σ_k m_k·⟨g_k, W_k⟩."""
+        total = torch.zeros((), device=device, dtype=precise(device))
+        if not self.decay:
+            return total
+        for name, gradient in gradients.items():
+            flat = wide(torch.dot(gradient.flatten(), params[name].detach().to(gradient.dtype).flatten()))
+            total = total + self.decay * self.masses[name] * flat
+        return total
+
+    @cached_property
+    def norms(self) -> dict[str, Norm]:
+        """The norm in which each parameter's direction is taken."""
+        return {
+            name: atom.norm if self.direction == "spectral" else atom.norm.euclidean
+            for name, atom in self.atoms.items()
         }
-        return renewed(state.momentum, moving, self.momentum, finite)
 
     def _check_arguments(
         self,
@@ -256,59 +373,19 @@ class Method:
         state: State,
         params: Mapping[str, Tensor],
         evidence: Evidence | None,
+        *,
+        needs_evidence: bool = True,
     ) -> None:
-        if not isinstance(grads, Mapping) or not isinstance(state, State):
-            raise InvalidArgument(
-                f"update takes gradients by name and a state, but got {type(grads).__name__} and {type(state).__name__}. "
-                "Call method.update(grads, state, params) with the state that method.init(params) returned."
-            )
-        missing = self.atoms.keys() - params.keys()
-        if missing:
-            raise InvalidArgument(f"update was given parameters without {sorted(missing)}. Pass all of the network's.")
-        for name, atom in self.atoms.items():
-            if tuple(params[name].shape) != atom.shape:
-                raise InvalidArgument(
-                    f"parameter {name!r} has shape {tuple(params[name].shape)}, but its module declares {atom.shape}"
-                )
-        if evidence is not None and not (
-            isinstance(evidence, Evidence) and all(isinstance(x, Tensor) for x in evidence)
-        ):
-            raise InvalidArgument(
-                f"update was given evidence {evidence!r}. Pass evidence=method.evidence(params, inputs, targets) of the same batch."
-            )
-        odd = odd_momentum(state.momentum, {name: atom.shape for name, atom in self.atoms.items()})
-        if odd is not None:
-            raise InvalidArgument(
-                f"update was given the state of another method: {odd}. Pass the state that init or the last update returned."
-            )
-        for name, gradient in grads.items():
-            if name not in self.atoms:
-                raise InvalidArgument(
-                    f"a gradient was given for {name!r}, which is not among the parameters {sorted(self.atoms)}"
-                )
-            if gradient is None:
-                continue
-            if not isinstance(gradient, Tensor):
-                raise InvalidArgument(f"the gradient of {name!r} is {type(gradient).__name__}, where a tensor belongs")
-            if gradient.layout != torch.strided or not gradient.is_floating_point():
-                raise InvalidArgument(
-                    f"the gradient of {name!r} is {gradient.layout} of {gradient.dtype}; a step takes dense floating-point ones"
-                )
-            if gradient.shape != params[name].shape:
-                raise InvalidArgument(
-                    f"the gradient of {name!r} has shape {tuple(gradient.shape)}, the parameter {tuple(params[name].shape)}"
-                )
-        if self.needs_evidence and evidence is None:
+        check_update(self.atoms, grads, state, params, evidence)
+        if needs_evidence and self.needs_evidence and evidence is None:
             raise InvalidArgument(
                 "a certified update was asked for without evidence of R and the input magnitude. "
                 "Pass evidence=method.evidence(params, inputs, targets) of the same batch."
             )
 
-    def _raise_nonfinite(self, descents: Tensor) -> None:
-        if not bool(descents.isfinite().all()):
-            names = [
-                name for name, value in zip(self.atoms, descents.tolist(), strict=True) if not abs(value) < float("inf")
-            ]
+    def _raise_nonfinite(self, values: Mapping[str, float]) -> None:
+        names = [name for name, value in values.items() if not abs(value) < float("inf")]
+        if names:
             raise NonFiniteGradient(
                 f"the gradient of {', '.join(map(repr, names))} holds NaN or infinity, or overflows in its dtype (or its weight "
                 "does, where sizes are tracked); no weight was changed. Look for overflow in the loss or corrupt inputs, or pass "
@@ -348,18 +425,24 @@ class Method:
         if device not in self._plans:
             scalars = precise(device)
             sizes = torch.tensor([atom.size for atom in self.atoms.values()], device=device, dtype=scalars)
-            masses = torch.tensor([atom.mass for atom in self.atoms.values()], device=device, dtype=scalars)
-            self._plans[device] = Plan(*self._evaluate({}, self.magnitude, device), sizes, masses)
+            masses = torch.tensor(list(self.masses.values()), device=device, dtype=scalars)
+            # on an accelerator polar factors are cheap, and a second weight-sized buffer is not
+            refresh = self.refresh if self.refresh is not None or device.type == "cpu" else 1
+            periods = {name: period(self.norms[name], atom.shape, refresh) for name, atom in self.atoms.items()}
+            self._plans[device] = Plan(*self._evaluate({}, self.magnitude, device), sizes, masses, periods)
         return self._plans[device]
 
     def _evaluate(self, sizes: Mapping[str, Number], magnitude: Number, device: torch.device) -> tuple[Tensor, Bound]:
         options = {"magnitude": magnitude, "constants": self.constants, "sizes": sizes}
-        points = self.search.points(self.network.bound(0.0, **options), device)
-        return points, self.network.bound(points, **options)
+        # decay moves a weight too: by at most λ·m_k·t of its size, which the growth counts
+        network = self.network.with_mass(1.0 + self.decay) if self.decay else self.network
+        points = self.search.points(network.bound(0.0, **options), device)
+        return points, network.bound(points, **options)
 
     def _majorant(self, descent: Scalar, sizes: Tensor, device: torch.device, evidence: Evidence | None) -> Majorant:
         if self.sizes == "prescribed":
-            points, bound, _, _ = self._plan(device)
+            plan = self._plan(device)
+            points, bound = plan.points, plan.bound
         else:
             # an all-zero batch has magnitude 0, of which relative quantities cannot be taken
             magnitude = self.magnitude if evidence is None else evidence.magnitude.to(sizes).clamp(min=1e-30)
@@ -378,6 +461,16 @@ class Method:
         _, codomain = self._spaces()
         proved, typical = self.loss.conversion(codomain)
         return proved.value if self.constants == "proved" else typical.value
+
+    def sensitivities(self, state: State) -> dict[str, float]:
+        """m_k·d_k of each parameter: its part of the depth D = Σ_k m_k·d_k, which is linear in the masses. Waits for the device."""
+        sizes = dict(zip(self.atoms, state.sizes.tolist(), strict=True)) if self.sizes == "tracked" else {}
+
+        def alone(name: str) -> float:
+            only = self.network.with_masses({other: m if other == name else 0.0 for other, m in self.masses.items()})
+            return float(only.bound(0.0, magnitude=self.magnitude, constants=self.constants, sizes=sizes).depth)
+
+        return {name: alone(name) for name in self.atoms}
 
     def certificate(self) -> Bound:
         """The network's bound at t = 0 with the loss's own constants counted in: the grade of the whole, and what it assumes."""

@@ -211,6 +211,15 @@ class Network(ABC):
         """
         return self.rebuilt(tuple(child.with_mass(mass) for _, child in self.children))
 
+    def with_masses(self, masses: Mapping[str, float], path: str = "") -> Self:
+        """The same module with the masses of some parameters, by name; the others keep their own.
+
+        Args:
+            masses: dimensionless, ≥ 0, by name of the parameter; 0 freezes it.
+            path: of this module in the network whose parameters are named.
+        """
+        return self.rebuilt(tuple(child.with_masses(masses, join(path, name)) for name, child in self.children))
+
     def to_torch(self, generator: torch.Generator | int = 0, **options: Any) -> TorchModule:
         """A ``torch.nn.Module`` with freshly drawn parameters of the same names; options as for ``init``."""
         return TorchModule(self, self.init(generator, **options), self.buffers(**options))

@@ -94,6 +94,19 @@ class Norm(ABC):
     def direction(self, gradient: Float[Tensor, "*shape"]) -> Direction:
         """The unit dual direction of ``gradient``; zero where the gradient is zero."""
 
+    def matrices(self, gradient: Float[Tensor, "*shape"]) -> list[Float[Tensor, "*stack rows cols"]]:
+        """The stacks of matrices whose polar factors ``assembled`` asks for; none where a direction needs none.
+
+        A norm that tells them lets the engine take the factors of all layers of one shape at once, and seldom.
+        """
+        return []
+
+    def assembled(
+        self, gradient: Float[Tensor, "*shape"], factors: list[Float[Tensor, "*stack rows cols"]]
+    ) -> Direction:
+        """``direction``, given the polar factors of ``matrices``."""
+        return self.direction(gradient)
+
     @abstractmethod
     def dual(self, gradient: Float[Tensor, "*shape"]) -> Scalar:
         """‖gradient‖_dual, by an exact method (which may be slow)."""
@@ -185,8 +198,16 @@ class Spectral(Norm):
         return wide(largest_singular_value_bound(weight)).amax() * _fan_ratio(weight.shape)
 
     def direction(self, gradient: Float[Tensor, "*stack out in_"]) -> Direction:
+        return self.assembled(gradient, [polar(gradient)])
+
+    def matrices(self, gradient: Float[Tensor, "*stack out in_"]) -> list[Float[Tensor, "*stack out in_"]]:
+        return [gradient]
+
+    def assembled(
+        self, gradient: Float[Tensor, "*stack out in_"], factors: list[Float[Tensor, "*stack out in_"]]
+    ) -> Direction:
         factor = gradient.new_full((), 1 / _fan_ratio(gradient.shape), dtype=working_dtype(gradient.dtype))
-        return Direction(polar(gradient), factor)
+        return Direction(factors[0], factor)
 
     def dual(self, gradient: Float[Tensor, "*stack out in_"]) -> Scalar:
         x, peak = rescale(gradient.to(working_dtype(gradient.dtype)), (-2, -1))
@@ -301,7 +322,18 @@ class RowBlocks(Norm):
         return self.inner.bound(self._stack(weight))
 
     def direction(self, gradient: Float[Tensor, "rows in_"]) -> Direction:
-        stack = self.inner.direction(self._stack(gradient)).dense()
+        return self._joined(self.inner.direction(self._stack(gradient)))
+
+    def matrices(self, gradient: Float[Tensor, "rows in_"]) -> list[Float[Tensor, "*stack rows cols"]]:
+        return self.inner.matrices(self._stack(gradient))
+
+    def assembled(
+        self, gradient: Float[Tensor, "rows in_"], factors: list[Float[Tensor, "*stack rows cols"]]
+    ) -> Direction:
+        return self._joined(self.inner.assembled(self._stack(gradient), factors))
+
+    def _joined(self, blocks: Direction) -> Direction:
+        stack = blocks.dense()
         return Direction(rearrange(stack, "b o i -> (b o) i"), stack.new_ones((), dtype=working_dtype(stack.dtype)))
 
     def dual(self, gradient: Float[Tensor, "rows in_"]) -> Scalar:

@@ -1,19 +1,25 @@
 """The ``torch.optim.Optimizer`` face of the engine, for training loops in the usual style."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modula_agd.agd import agd
+from modula_agd.averaging import average_, averaged
 from modula_agd.error import InvalidArgument, SpaceMismatch
+from modula_agd.explanation import Explanation, explain
+from modula_agd.held_out import renewed
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence
 from modula_agd.method import Method
 from modula_agd.space import finite
-from modula_agd.state import State, complaint, odd_momentum
+from modula_agd.state import WEIGHT_SIZED, State, complaint, odd_tensors
 from modula_agd.torch_module import TorchModule
+
+_OWN = ("_names", "_buffers", "_average", "_swapped", "_micro", "_count")
 
 
 class AGD(torch.optim.Optimizer):
@@ -25,10 +31,11 @@ class AGD(torch.optim.Optimizer):
     Args:
         model: a network's ``torch.nn`` face.
         loss: what is minimised, or a ``Method`` built beforehand.
+        averaging: whether to keep averaged weights (one buffer of the weights' size), for ``averaged()``.
         options: as for ``agd``.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss | Method, **options: Any) -> None:
+    def __init__(self, model: nn.Module, loss: Loss | Method, *, averaging: bool = True, **options: Any) -> None:
         if not isinstance(model, TorchModule):
             raise SpaceMismatch(
                 f"AGD was given a {type(model).__name__}, whose layers declare no bounds. Compose the network from modula_agd "
@@ -50,6 +57,12 @@ class AGD(torch.optim.Optimizer):
                 f"but a model of {model.network!r}. Build the method for the model's network."
             )
         self._names = [name for name, _ in model.named_parameters()]
+        self._buffers = dict(model.named_buffers())
+        self.averaging = averaging
+        self._average: dict[str, Tensor] = {}
+        self._swapped = False
+        self._micro: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self._count = 0
         super().__init__(model.parameters(), {"lr": 1.0})
         self.current: State = self.method.init(self._parameters())
         self._watched: tuple[Tensor, torch.Event] | None = None
@@ -71,16 +84,54 @@ class AGD(torch.optim.Optimizer):
         return dict(zip(self._names, self.param_groups[0]["params"], strict=True))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, evidence: Evidence | None = None) -> Any:  # pyright: ignore
+    def accumulate(self) -> None:
+        """Take the gradient of one micro-batch in and clear it; call it after each ``backward()`` of a mean loss, then ``step()``.
+
+        Every second micro-batch makes the direction fresher, and the others measure the descent along it, which they have not
+        seen. A single one is a step as usual. Micro-batches count alike.
+
+        Raises:
+            InvalidArgument: a parameter has a gradient in one micro-batch and none in another.
+        """
+        mine = self._micro[self._count % 2]
+        for name, parameter in self._parameters().items():
+            if parameter.grad is None:
+                continue
+            if name in mine:
+                mine[name].add_(parameter.grad)
+            elif self._count < 2:
+                # taken, not copied: the next backward makes a new one
+                mine[name] = parameter.grad
+            else:
+                raise InvalidArgument(
+                    f"accumulate() met a gradient of {name!r}, which had none in an earlier micro-batch. Let every micro-batch of a "
+                    "step use the same parameters."
+                )
+            parameter.grad = None
+        self._count += 1
+
+    @torch.no_grad()
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        closure: Callable[[], Any] | None = None,
+        evidence: Evidence | None = None,
+        value: Tensor | None = None,
+    ) -> Any:
         """Move every parameter that has a gradient.
 
         Args:
             closure: recomputes the loss and its gradients; its value is returned.
             evidence: R and a₀ of the batch, for a certified search: ``optimizer.method.evidence(...)``.
+            value: the loss of the batch, for ``explain()`` to tell predicted from realised decrease; a closure's own otherwise.
 
         Raises:
             NonFiniteGradient: with the weights untouched; on an accelerator at the first step after the device knows.
+            InvalidArgument: the model holds averaged weights, or the multiplier is no number ≥ 0.
         """
+        if self._swapped:
+            raise InvalidArgument(
+                "step() was called inside averaged(), where the model holds the weights to evaluate. Leave the block first."
+            )
         rate = self.param_groups[0]["lr"]
         # multiplying weights by a 0-d tensor in place would look at it as well
         told = rate.item() if isinstance(rate, Tensor) and rate.ndim == 0 else rate
@@ -88,18 +139,115 @@ class AGD(torch.optim.Optimizer):
             raise InvalidArgument(
                 f"the multiplier param_groups[0]['lr'] of AGD is {rate!r}, which is not a finite number ≥ 0"
             )
-        value = None
+        returned = None
         if closure is not None:
             with torch.enable_grad():
-                value = closure()
+                returned = closure()
         self._look()
         params = self._parameters()
-        grads = {name: parameter.grad for name, parameter in params.items()}
-        updates, self.current = self.method.update(grads, self.current, params, evidence)
-        for name, update in updates.items():
-            params[name].add_(update, alpha=told)  # pyright: ignore[reportArgumentType] (looked at above)
+        seen, part = self.current, 1.0
+        if self._count:
+            grads, seen, part = self._gathered(params)
+        else:
+            grads = {name: parameter.grad for name, parameter in params.items()}
+        loss = value if value is not None else returned
+        move = self.method.decide(grads, seen, params, evidence, loss if isinstance(loss, Tensor) else None)
+        for name, direction in move.directions.items():
+            weight, factor = params[name], told * move.factor(name, direction)  # pyright: ignore[reportOperatorIssue]
+            base = direction.base
+            if move.finite is not None:
+                # NaN times 0 is NaN: what may not move is taken out of the direction, too
+                base = torch.where(move.finite, base, 0.0)
+                factor = torch.where(move.finite, factor, 0.0)
+            if self.method.decay:
+                kept = 1 - told * move.shrink[name]  # pyright: ignore[reportOperatorIssue]
+                weight.mul_(torch.where(move.finite, kept, 1.0) if move.finite is not None else kept)
+            if weight.dtype == base.dtype:
+                weight.addcmul_(base, factor)
+            else:
+                weight.add_((base * factor).to(weight.dtype))
+        momentum = seen.momentum
+        if self.method.momentum is not None:
+            fresh = part * (1 - self.method.momentum)
+            momentum = renewed(momentum, move.gradients, fresh, move.finite, in_place=True)
+        self.current = move.state._replace(momentum=momentum)
+        self._micro, self._count = ({}, {}), 0
+        self._renew_average()
         self._watch()
-        return value
+        return returned
+
+    def _gathered(self, params: dict[str, Tensor]) -> tuple[dict[str, Tensor], State, float]:
+        """The gradient that measures, the state whose directions have seen the others, and the share that measures."""
+        left = [name for name, parameter in params.items() if parameter.grad is not None]
+        if left:
+            raise InvalidArgument(
+                f"step() met gradients of {', '.join(left)} after accumulate(). Call accumulate() after every backward(), the "
+                "last one too."
+            )
+        many = ((self._count + 1) // 2, self._count // 2)
+        measuring, making = (
+            {name: total / count for name, total in part.items()} for part, count in zip(self._micro, many, strict=True)
+        )
+        part = many[0] / self._count
+        if self._count == 1 or self.method.momentum is None:
+            if making:
+                measuring = {name: part * g + (1 - part) * making[name] for name, g in measuring.items()}
+            return measuring, self.current, 1.0
+        return measuring, self.method.absorb(making, self.current, params, 1 - part), part
+
+    # -- averaged weights ------------------------------------------------------------------------------------------------
+
+    def _averaged(self) -> dict[str, Tensor]:
+        """What is averaged: weights, and running statistics, which belong to them."""
+        return {**self._parameters(), **self._buffers}
+
+    def _renew_average(self) -> None:
+        if self.averaging:
+            count = int(self.current.clock)
+            if self._average:
+                average_(self._average, self._averaged(), count)
+            else:
+                self._average = averaged(None, self._averaged(), count)
+
+    def averaged_state(self) -> dict[str, Tensor]:
+        """The averaged weights and running statistics by name, as ``model.load_state_dict`` takes them: a copy.
+
+        Raises:
+            InvalidArgument: the optimizer was built with ``averaging=False``.
+        """
+        if not self.averaging:
+            raise InvalidArgument(
+                "averaged weights were asked for, but AGD was built with averaging=False. Leave it out."
+            )
+        live = self._averaged()
+        return {name: self._average.get(name, value).to(value.dtype).clone() for name, value in live.items()}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A block in which the model holds the averaged weights, to evaluate or to save; the live ones return at its end.
+
+        Raises:
+            InvalidArgument: as ``averaged_state``, or inside another such block.
+        """
+        if self._swapped:
+            raise InvalidArgument("averaged() was entered inside averaged(). Leave the first block before.")
+        mean, live = self.averaged_state(), self._averaged()
+        kept = {name: value.detach().clone() for name, value in live.items()}
+        with torch.no_grad():
+            for name, value in live.items():
+                value.copy_(mean[name])
+        self._swapped = True
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in live.items():
+                    value.copy_(kept[name])
+            self._swapped = False
+
+    def explain(self) -> Explanation:
+        """Why the last step was as long as it was, layer by layer; ``print`` it. Waits for the device."""
+        return explain(self.method, self.current)
 
     def _watch(self) -> None:
         """On an accelerator, ask for the descents of this step without waiting for the answer."""
@@ -118,15 +266,16 @@ class AGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own lists what it copies and pickles, and would leave the method behind
-        mine = {"method": self.method, "_names": self._names, "current": self.current, "_watched": None}
-        return {**super().__getstate__(), **mine}
+        mine = {name: getattr(self, name) for name in ("method", "current", "averaging", *_OWN)}
+        return {**super().__getstate__(), **mine, "_watched": None}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in self._parameters().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's, with the last step's tensors under "agd" and what they belong to under "parameters"."""
-        return {**super().state_dict(), "agd": self.current._asdict(), "parameters": self._shapes()}
+        """As every optimizer's, with the last step's tensors under "agd", the averaged weights and what all belong to."""
+        mine = {"agd": self.current._asdict(), "average": dict(self._average), "parameters": self._shapes()}
+        return {**super().state_dict(), **mine}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned.
@@ -134,7 +283,9 @@ class AGD(torch.optim.Optimizer):
         Raises:
             InvalidArgument: the state is another optimizer's, or another network's.
         """
-        ours = isinstance(state_dict, dict) and {"agd", "parameters", "state", "param_groups"} <= set(state_dict)
+        ours = isinstance(state_dict, dict) and {"agd", "average", "parameters", "state", "param_groups"} <= set(
+            state_dict
+        )
         if not ours or set(state_dict["agd"]) != set(State._fields):
             raise InvalidArgument(
                 "load_state_dict was given no state of AGD. Load the state that AGD saved for the same network."
@@ -145,20 +296,28 @@ class AGD(torch.optim.Optimizer):
                 f"{self._shapes()}. Load the state that AGD saved for the same network."
             )
         saved, here = dict(state_dict["agd"]), self.current._asdict()
-        wrong = complaint(saved, self.current) or odd_momentum(saved["momentum"], self._shapes())
+        shapes = self._shapes()
+        wrong = complaint(saved, self.current)
+        for what in WEIGHT_SIZED:
+            wrong = wrong or odd_tensors(what, saved[what], shapes)
+        everything = {name: tuple(value.shape) for name, value in self._averaged().items()}
+        wrong = wrong or odd_tensors("average", state_dict["average"], everything)
         if wrong is not None:
             raise InvalidArgument(
                 f"load_state_dict was given a state of AGD that cannot be: {wrong}. Load it as AGD saved it, or start anew."
             )
-        momentum = saved.pop("momentum")
-        if bool(momentum) and self.method.momentum is None:
+        weight_sized = {what: saved.pop(what) for what in WEIGHT_SIZED}
+        if bool(weight_sized["momentum"]) and self.method.momentum is None:
             raise InvalidArgument(
                 "load_state_dict was given the state of a method with momentum, but this one has none. Build AGD with the "
                 "momentum that it was saved with."
             )
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         device = here["eta"].device
-        self.current = State(
-            **{key: value.to(here[key]) for key, value in saved.items()},
-            momentum={name: value.to(device) for name, value in momentum.items()},
-        )
+        # copies: this optimizer writes over its own
+        mine = {
+            what: {name: x.to(device, copy=True) for name, x in held.items()} for what, held in weight_sized.items()
+        }
+        mine |= {key: value.to(here[key]) for key, value in saved.items()}
+        self.current = State(**mine)  # pyright: ignore[reportArgumentType] (every field was looked at above)
+        self._average = {name: value.to(device, copy=True) for name, value in state_dict["average"].items()}

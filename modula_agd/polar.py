@@ -13,6 +13,8 @@ fastest in the spectral norm. Three things live here:
   upper bound at every step. Power iteration would be a lower bound, which certifies nothing.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -61,7 +63,7 @@ def polar(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch ro
         largest of them; less for smaller ones. Above 1 by at most
         rounding: 1e-5 in float32, 1e-9 in float64, and one rounding to the nearest for half precision.
     """
-    wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
+    wide = _wide(matrix)
     x, _ = rescale(wide.to(working_dtype(matrix.dtype)), (-2, -1))
     gram = x @ x.mT
     # ‖XXᵀ‖_F^(1/2) is the Schatten 4-norm: at least the largest singular value, and tighter than ‖X‖_F
@@ -78,6 +80,38 @@ def polar(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch ro
             x = a * x + (b * gram + c * (gram @ gram)) @ x
     orthogonal = x.to(matrix.dtype)
     return orthogonal if wide is matrix else orthogonal.mT
+
+
+def polar_of_each(matrices: Sequence[Float[Tensor, "*batch rows cols"]]) -> list[Float[Tensor, "*batch rows cols"]]:
+    """``polar`` of many matrices (or stacks of them), those of one shape, up to transposition, in one iteration.
+
+    Args:
+        matrices: of any shapes and dtypes.
+
+    Returns:
+        Their polar factors, in order.
+    """
+    groups: dict[tuple[int, int, torch.dtype], list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        short, long = sorted(matrix.shape[-2:])
+        groups.setdefault((short, long, matrix.dtype), []).append(index)
+    found: dict[int, Tensor] = {}
+    for alike in groups.values():
+        if len(alike) == 1:
+            found[alike[0]] = polar(matrices[alike[0]])
+            continue
+        stacks = [_wide(matrices[index]).reshape(-1, *sorted(matrices[index].shape[-2:])) for index in alike]
+        factors = polar(torch.cat(stacks)).split([len(x) for x in stacks])
+        for index, factor in zip(alike, factors, strict=True):
+            shape = matrices[index].shape
+            back = factor if shape[-2] <= shape[-1] else factor.mT
+            found[index] = back.reshape(shape)
+    return [found[index] for index in range(len(matrices))]
+
+
+def _wide(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch short long"]:
+    """The matrix or its transpose, whichever has no more rows than columns."""
+    return matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
 
 
 def _factor(

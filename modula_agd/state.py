@@ -26,7 +26,14 @@ class State(NamedTuple):
         smoothed: Ŝ times ``weight``; 0 without momentum, as are the next two.
         scale: the mean of s² times ``weight``.
         weight: 1 − β^n after n measurements, the sum of what they weigh.
+        clock: number of updates, on the CPU: which directions are due is known without asking the device.
+        loss: value of the loss at the last update that was told it; infinite before, and after one that was not.
+        predicted: mean of what the majorant predicted the loss to fall by, times ``told``; 0 where no loss was told.
+        realised: mean of what the loss then fell by, from one batch to the next, times ``told``.
+        wander: mean square of that, times ``told``.
+        told: the sum of what these three weigh.
         momentum: m of each parameter that has had a gradient; empty without momentum.
+        directions: u of each parameter whose direction serves several steps; empty where each step makes its own.
     """
 
     eta: Scalar
@@ -42,42 +49,58 @@ class State(NamedTuple):
     smoothed: Scalar
     scale: Scalar
     weight: Scalar
+    clock: Int[Tensor, ""]
+    loss: Scalar
+    predicted: Scalar
+    realised: Scalar
+    wander: Scalar
+    told: Scalar
     momentum: dict[str, Tensor]
+    directions: dict[str, Tensor]
+
+
+WEIGHT_SIZED = ("momentum", "directions")
+"""The fields that hold a tensor for each of some parameters."""
+
+
+_NEVER_NEGATIVE = ("steps", "skipped", "scale", "weight", "clock", "wander", "told")
+_FINITE = (*_NEVER_NEGATIVE, "smoothed", "predicted", "realised")
 
 
 def complaint(found: Mapping[str, object], like: State) -> str | None:
     """Why saved fields are no state such as ``like``, as a clause; None where they are. Waits for the device.
 
     Args:
-        found: what was saved, by name of the field; momentum is not looked at.
+        found: what was saved, by name of the field; what is weight-sized is not looked at.
         like: a state of the method that shall go on.
     """
     for name, here in like._asdict().items():
         value = found.get(name)
-        if name == "momentum":
+        if name in WEIGHT_SIZED:
             continue
         if not isinstance(value, Tensor) or value.shape != here.shape:
             what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             return f"its {name} is {what}, where a tensor of shape {tuple(here.shape)} belongs"
         # of the others, a skipped step may rightly have left NaN
-        if name in ("steps", "skipped", "smoothed", "scale", "weight") and not bool(value.isfinite()):
+        if name in _FINITE and not bool(value.isfinite()):
             return f"its {name} is {value.item()}"
-        if name in ("steps", "skipped", "scale", "weight") and value.item() < 0:
+        if name in _NEVER_NEGATIVE and value.item() < 0:
             return f"its {name} is {value.item()}, which is never negative"
     return None
 
 
-def odd_momentum(momentum: object, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why something is no momentum of parameters of these shapes, as a clause; None where it is. Waits for nothing.
+def odd_tensors(what: str, tensors: object, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why something does not hold tensors of these shapes, as a clause; None where it does. Waits for nothing.
 
     Args:
-        momentum: what should hold a tensor for some of the parameters, by name.
+        what: "momentum", for the clause.
+        tensors: what should hold a tensor for some of the parameters, by name.
         shapes: of the parameters by name.
     """
-    if not isinstance(momentum, Mapping):
-        return f"its momentum is {type(momentum).__name__}, where a dictionary of tensors belongs"
-    for name, value in momentum.items():
+    if not isinstance(tensors, Mapping):
+        return f"its {what} is {type(tensors).__name__}, where a dictionary of tensors belongs"
+    for name, value in tensors.items():
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if shape != shapes.get(name):
-            return f"its momentum of {name!r} is {shape}, where the parameter has {shapes.get(name, 'no such name')}"
+            return f"its {what} of {name!r} is {shape}, where the parameter has {shapes.get(name, 'no such name')}"
     return None

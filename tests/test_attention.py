@@ -205,7 +205,7 @@ def tug(groups: int, queries: float, keys: float, values: float) -> tuple[float,
     after = queries * before[0], keys * sign, sign + (values - 1)
     moved = float(Heads(1, 3).norm(attention({}, after) - attention({}, before)))
     start = tuple(Bound(1.0, growth, 0.0, 0.0, 0.0) for growth in (queries, keys, values))
-    return moved, attention.propagate(start, Step()), sigma
+    return moved, attention.propagate(start, Step(constants="proved")), sigma
 
 
 @pytest.mark.parametrize("groups", [2, 7, 40])
@@ -324,7 +324,16 @@ def test_splitting_costs_the_square_root_of_the_heads_in_the_worst_case_alone() 
     assert float(Heads(4, 2).norm(SplitHeads(4)({}, x)) / Sequence(8).norm(x)) == pytest.approx(2)
     # σ of the whole: heads may all be as large as sqrt(h) at once in the worst case
     assert (Attention() @ QKV(4, 2, 8)).bound(constants="proved").depth == pytest.approx(1 + 2 * 4)
-    assert (Attention() @ QKV(4, 2, 8)).bound().depth == pytest.approx(1 + 2)
+    assert (Attention() @ QKV(4, 2, 8)).bound().depth == pytest.approx(1 + 2 / math.sqrt(2))
+
+
+@pytest.mark.parametrize("width", [1, 4, 64])
+def test_typical_scores_are_as_sensitive_as_products_of_independent_features(width: int) -> None:
+    attention = Attention().bind(Tuple((Heads(2, width),) * 3))
+    q, k = (gaussian(4000, width, seed=seed) for seed in (1, 2))
+    scores = (q * k).sum(-1) / width
+    assert attention.gain.typical.value == pytest.approx(float(scores.std()), rel=0.05)
+    assert attention.gain.proved.value == 1
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -427,4 +436,4 @@ def test_a_repr_is_the_expression_that_builds_it(module: Module) -> None:
 def test_a_mass_reaches_the_fused_weight() -> None:
     halved = (Attention() @ QKV(2, 3, 6)).with_mass(0.5)
     assert halved == Attention() @ replace(QKV(2, 3, 6), mass=0.5)
-    assert halved.bound().depth == pytest.approx(0.5 * 3)
+    assert halved.bound().depth == pytest.approx(0.5 * (1 + 2 / math.sqrt(3)))

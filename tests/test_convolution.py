@@ -337,7 +337,7 @@ def test_initial_transposed_convolutions_without_overlap_keep_the_mean_square() 
 def test_a_patch_draw_has_equal_singular_values(conv, shape: tuple[int, ...], seed: int) -> None:
     conv = replace(conv, geometry="patch")
     weight = conv.init(seed, dtype=torch.float64)["weight"]
-    for matrices in conv.norm.matrices(weight):
+    for matrices in conv.norm.cut(weight):
         values = torch.linalg.svdvals(matrices)
         expected = math.sqrt(matrices.shape[-2] / matrices.shape[-1])
         torch.testing.assert_close(values, torch.full_like(values, expected))

@@ -198,10 +198,11 @@ MANY = (1, 2, 4, 8, 16, 64)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rotary": True}, {"feed_forward": "swiglu"}, {"bias": True, "affine": True}], ids=str
+    "options", [{}, {"tied": True}, {"feed_forward": "swiglu"}, {"bias": True, "affine": True}], ids=str
 )
 def test_the_depth_of_a_convex_stack_tends_to_a_limit_in_its_blocks(options: dict[str, Any]) -> None:
-    depths = [float(GPT(11, 8, 2, blocks, 6, **options).bound().depth) for blocks in MANY]
+    # with one feature a head typical scores are as sensitive as the worst
+    depths = [float(GPT(11, 8, 8, blocks, 6, **options).bound().depth) for blocks in MANY]
     gains = [later - earlier for earlier, later in pairwise(depths)]
     # from two blocks on, each doubling adds less than two thirds of what the last one did (in the limit, half)
     assert all(0 < later < 2 / 3 * earlier for earlier, later in pairwise(gains[1:-1]))
@@ -210,14 +211,14 @@ def test_the_depth_of_a_convex_stack_tends_to_a_limit_in_its_blocks(options: dic
 
 
 def test_attention_alone_has_no_more_depth_in_many_blocks_than_in_one() -> None:
-    depths = [float(residual(self_attention(8, 2), blocks).bound().depth) for blocks in MANY]
+    depths = [float(residual(self_attention(8, 8), blocks).bound().depth) for blocks in MANY]
     assert depths[0] == pytest.approx(4)
     assert depths == sorted(depths, reverse=True)
     assert depths[-1] > 1
 
 
 def test_the_depth_of_the_sum_form_grows_with_its_blocks() -> None:
-    depths = [float(Transformer(8, 2, blocks, form="sum").bound().depth) for blocks in MANY]
+    depths = [float(Transformer(8, 8, blocks, form="sum").bound().depth) for blocks in MANY]
     assert all(later > 1.5 * earlier for earlier, later in pairwise(depths))
 
 

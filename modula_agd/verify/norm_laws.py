@@ -72,7 +72,7 @@ class DualPairing(NormLaw):
         if not _has_spectrum(norm):
             return dual, reached
         # singular values below SMALLEST of the largest may fall short by all they have: at most rank·SMALLEST of the sum
-        rank = max(min(x.shape[-2:]) for x in norm.matrices(g)) if isinstance(norm, KernelNorm) else min(g.shape[-2:])
+        rank = max(min(x.shape[-2:]) for x in norm.cut(g)) if isinstance(norm, KernelNorm) else min(g.shape[-2:])
         return dual * (1 - 0.003), reached + rank * SMALLEST * dual
 
 

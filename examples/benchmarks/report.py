@@ -1,0 +1,228 @@
+"""Tables and plots of the study, from the lines that ``study.py`` and ``sensitivity.py`` left.
+
+python examples/benchmarks/report.py [--runs runs/study.jsonl] [--out docs/figures]
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from peers import OURS
+
+Row = Mapping[str, Any]
+Runs = Sequence[Row]
+FIGURES = ("end_loss", "train_loss", "val_loss", "val_accuracy")
+HEADERS = ("training loss at the end", "over the last tenth", "held-out loss", "held-out accuracy")
+
+
+def label(cell: Row) -> str:
+    """A method of the study in words, without its rate."""
+    name = "this library, held-out" if cell["peer"] == OURS else cell["peer"]
+    tuned = cell["lr"] is not None and cell["peer"] != OURS
+    return f"{name}, {'tuned, ' if tuned else 'default, '}{cell['schedule']}" if cell["peer"] != OURS else name
+
+
+def plain(cell: Row) -> bool:
+    """Whether a cell is of the study proper: the task's own size, and of this library the multiplier 1."""
+    own = cell["batch"] is None and (cell["width"], cell["depth"]) == (1, 1) and not cell["options"]
+    return own and (cell["peer"] != OURS or cell["lr"] is None)
+
+
+def value(rows: Runs, figure: str) -> tuple[float, float | None]:
+    """Mean and standard deviation over seeds; infinite where a run diverged."""
+    found = [row["outcome"][figure] for row in rows]
+    if any(x is None for x in found):
+        return math.inf, None
+    return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None
+
+
+def shown(rows: Runs, figure: str) -> str:
+    """A figure with its spread."""
+    mean, spread = value(rows, figure)
+    if math.isinf(mean):
+        return "diverged"
+    percent = figure.endswith("accuracy")
+    scale, digits = (100, 1) if percent else (1, 4)
+    text = f"{mean * scale:.{digits}f}" + (f" ± {spread * scale:.{digits}f}" if spread is not None else "")
+    return text + ("%" if percent else "")
+
+
+def methods(runs: Runs, task: str, scale: float) -> dict[str, list[Row]]:
+    """Of each method of a task its runs; of one with a grid those of the best rate by training loss at seed 0."""
+    groups: dict[str, dict[float | None, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in runs:
+        cell = row["cell"]
+        if cell["task"] == task and cell["scale"] == scale and plain(cell):
+            groups[label(cell)][cell["lr"]].append(row)
+    best = {}
+    for name, rates in groups.items():
+
+        def loss(lr: float | None, rates: Mapping[float | None, list[Row]] = rates) -> float:
+            first = [row for row in rates[lr] if row["cell"]["seed"] == 0]
+            return value(first, "train_loss")[0] if first else math.inf
+
+        best[name] = rates[min(rates, key=loss)]
+    return best
+
+
+def table(runs: Runs, task: str, scale: float) -> str:
+    """One task: every method, sorted by the training loss at the end."""
+    found = methods(runs, task, scale)
+    order = sorted(found, key=lambda name: value(found[name], "end_loss")[0])
+    head = ["method", "rate", *HEADERS, "seeds", "step, ms", "in all, ms"]
+    lines = [head, ["---"] * len(head)]
+    for name in order:
+        rows = found[name]
+        rate = rows[0]["cell"]["lr"]
+        bold = "**" if rows[0]["cell"]["peer"] == OURS else ""
+        times = [statistics.median(row["outcome"][key] for row in rows) for key in ("step_ms", "total_ms")]
+        lines.append(
+            [
+                f"{bold}{name}{bold}",
+                "—" if rate is None else f"{rate:.3g}",
+                *(shown(rows, figure) for figure in FIGURES),
+                str(len(rows)),
+                *(f"{t:.1f}" for t in times),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def grid(runs: Runs, task: str, scale: float) -> str:
+    """Every cell of the grids of a task, training loss over the last tenth and held-out loss."""
+    rows = [r for r in runs if r["cell"]["task"] == task and r["cell"]["scale"] == scale and plain(r["cell"])]
+    rows = [r for r in rows if r["cell"]["lr"] is not None and r["cell"]["seed"] == 0]
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[f"{row['cell']['peer']}, {row['cell']['schedule']}"].append(row)
+    lines = [["optimizer, schedule", "rate: training loss / held-out loss"], ["---", "---"]]
+    for name, found in sorted(groups.items()):
+        best = min(found, key=lambda r: value([r], "train_loss")[0])
+        cells = []
+        for row in sorted(found, key=lambda r: r["cell"]["lr"]):
+            train, held = (value([row], figure)[0] for figure in ("train_loss", "val_loss"))
+            text = f"{row['cell']['lr']:.3g}: " + ("diverged" if math.isinf(train) else f"{train:.4f} / {held:.4f}")
+            cells.append(f"**{text}**" if row is best else text)
+        lines.append([name, "; ".join(cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def budgets(runs: Runs) -> list[tuple[str, float]]:
+    """Tasks and scales of the study proper, in order of appearance."""
+    return list(dict.fromkeys((r["cell"]["task"], r["cell"]["scale"]) for r in runs if plain(r["cell"])))
+
+
+def draw_curves(runs: Runs, out: Path) -> None:
+    """Training loss and η over the steps: this library and the best of each grid."""
+    chosen = budgets(runs)
+    figure = Figure(figsize=(4.2 * len(chosen), 6.4), layout="constrained")
+    panels = figure.subplots(2, len(chosen), squeeze=False)
+    for column, (task, scale) in enumerate(chosen):
+        for name, rows in methods(runs, task, scale).items():
+            ours = rows[0]["cell"]["peer"] == OURS
+            if not ours and "tuned" not in name:
+                continue
+            curve = rows[0]["outcome"]["curve"]
+            losses = [math.nan if x is None else x for x in curve["train_loss"]]
+            panels[0][column].plot(curve["step"], losses, lw=2 if ours else 1, color="k" if ours else None, label=name)
+            if ours:
+                etas = [math.nan if x is None else x for x in curve["eta"]]
+                panels[1][column].plot(curve["step"], etas, color="k")
+        panels[0][column].set(title=f"{task}, ×{scale:g} of its budget", yscale="log", ylabel="training loss")
+        panels[1][column].set(yscale="log", xlabel="step", ylabel="η of this library")
+        panels[0][column].legend(fontsize=6)
+        for panel in panels[:, column]:
+            panel.grid(alpha=0.3)
+    figure.savefig(out / "study_curves.png", dpi=100)
+
+
+def draw_profile(runs: Runs, out: Path) -> None:
+    """For each method the share of tasks on which its figure is within a factor τ of the best (Dolan & Moré 2002)."""
+    chosen = budgets(runs)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, key in zip(panels, ("end_loss", "val_loss"), strict=True):
+        found = {task: {n: value(rows, key)[0] for n, rows in methods(runs, *task).items()} for task in chosen}
+        everywhere = set.intersection(*(set(values) for values in found.values())) if found else set()
+        taus = [1 + 0.01 * 1.06**i for i in range(110)]
+        for name in sorted(everywhere):
+            ratios = [values[name] / max(min(values.values()), 1e-3) for values in found.values()]
+            share = [sum(ratio <= tau for ratio in ratios) / len(ratios) for tau in taus]
+            ours = "this library" in name
+            axes.plot(taus, share, lw=2.5 if ours else 1, color="k" if ours else None, label=name)
+        title = {"end_loss": "training loss at the end", "val_loss": "held-out loss"}[key]
+        axes.set(title=title, xlabel="τ: factor of the best", ylabel="share of tasks", xscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=6)
+    figure.savefig(out / "study_profile.png", dpi=100)
+
+
+def draw_sensitivity(runs: Runs, out: Path) -> None:
+    """Training loss over the multiplier of this library's step."""
+    found: dict[tuple[str, float], dict[float, float]] = defaultdict(dict)
+    for row in runs:
+        cell = row["cell"]
+        if (
+            cell["peer"] == OURS
+            and cell["batch"] is None
+            and (cell["width"], cell["depth"]) == (1, 1)
+            and not cell["options"]
+        ):
+            found[cell["task"], cell["scale"]][cell["lr"] or 1.0] = value([row], "end_loss")[0]
+    swept = {key: values for key, values in found.items() if len(values) > 3}
+    if not swept:
+        return
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (task, scale), values in swept.items():
+        points = sorted((x, y) for x, y in values.items() if math.isfinite(y))
+        axes.plot([x for x, _ in points], [y for _, y in points], ".-", label=f"{task}, ×{scale:g}")
+    axes.set(xscale="log", yscale="log", xlabel="multiplier of the derived step", ylabel="training loss at the end")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out / "study_sensitivity.png", dpi=100)
+
+
+def ablations(runs: Runs) -> str:
+    """Cells of this library with other options, sizes and multipliers."""
+    head = ["task", "budget", "what differs", "seed", *HEADERS, "step, ms", "in all, ms"]
+    lines = [head, ["---"] * len(head)]
+    for row in runs:
+        cell = row["cell"]
+        if cell["peer"] != OURS:
+            continue
+        different = [f"{k} {v}" for k, v in cell["options"].items()]
+        different += [f"{k} {cell[k]}" for k in ("batch",) if cell[k]]
+        different += [f"{k} ×{cell[k]}" for k in ("width", "depth") if cell[k] != 1]
+        different += [f"multiplier {cell['lr']:g}"] if cell["lr"] else []
+        what = ", ".join(different) or "nothing (the default)"
+        times = [f"{row['outcome'][key]:.1f}" for key in ("step_ms", "total_ms")]
+        figures = [shown([row], figure) for figure in FIGURES]
+        lines.append([cell["task"], f"×{cell['scale']:g}", what, str(cell["seed"]), *figures, *times])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, nargs="+", default=[Path("runs/study.jsonl")])
+    parser.add_argument("--out", type=Path, default=Path("docs/figures"))
+    options = parser.parse_args()
+    lines = [line for path in options.runs for line in path.read_text(encoding="utf-8").splitlines() if line]
+    runs = [json.loads(line) for line in lines]
+    options.out.mkdir(parents=True, exist_ok=True)
+    for task, scale in budgets(runs):
+        print(f"### {task}, ×{scale:g} of its budget\n\n{table(runs, task, scale)}\n\n{grid(runs, task, scale)}\n")
+    print(f"### Ablations\n\n{ablations(runs)}\n")
+    draw_curves(runs, options.out)
+    draw_profile(runs, options.out)
+    draw_sensitivity(runs, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""The study: every task, every peer with its defaults and over grids of learning rates, and this library's default.
+
+python examples/benchmarks/study.py --data-dir DIR [--tasks fcn chargpt] [--seeds 0 1 2] [--scale 1.0] [--threads 1]
+
+Every finished run is a line of ``--out``; the same command goes on from the lines that are there, and several processes may
+share the file, one task each. ``report.py`` makes the tables and plots of it.
+"""
+
+import argparse
+import fcntl
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import GRIDS, OURS, PEERS, SCHEDULED, Request, Runner
+from tasks import TASKS, Benchmark
+
+from modula_agd import NonFiniteGradient, UnhalvedSquareLoss
+from modula_agd.train import Task
+from modula_agd.train.objective import aiming
+
+POINTS = 60
+TRAINING_SAMPLES = 8192
+"""Training samples on which the final weights are evaluated."""
+EVALUATION_SEED = 20_000
+START = {"sgd": -3, "adam": -6, "adamw": -5, "muon": -5}
+"""Where each grid begins, in half-decades."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run, by all that determines it.
+
+    Args:
+        task: a name of ``TASKS``.
+        peer: a name of ``PEERS``.
+        lr: learning rate (of this library: the multiplier); None for the default.
+        schedule: "constant" or "cosine".
+        seed: of weights and batches.
+        scale: budget as a multiple of the task's own.
+        batch: in place of the task's own.
+        width: multiple of the task's own.
+        depth: multiple of the task's own.
+        options: of this library's method.
+    """
+
+    task: str
+    peer: str
+    lr: float | None = None
+    schedule: str = "constant"
+    seed: int = 0
+    scale: float = 1.0
+    batch: int | None = None
+    width: int = 1
+    depth: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rate = "default" if self.lr is None else f"{self.lr:.3g}"
+        rest = "".join(f" {k}={v}" for k, v in self.options.items())
+        sized = f" batch {self.batch}" if self.batch else ""
+        sized += f" width×{self.width} depth×{self.depth}" if (self.width, self.depth) != (1, 1) else ""
+        return f"{self.task} {self.peer} {rate} {self.schedule} seed {self.seed} ×{self.scale:g}{sized}{rest}"
+
+
+class Store:
+    """Finished runs, one JSON line each; safe to share between processes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All that is there."""
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line]
+
+    def outcome(self, cell: Cell) -> dict[str, Any] | None:
+        """The outcome of an equal cell."""
+        wanted = json.loads(json.dumps(asdict(cell)))
+        return next((row["outcome"] for row in self.rows() if row["cell"] == wanted), None)
+
+    def add(self, cell: Cell, outcome: dict[str, Any]) -> None:
+        """Keep a run."""
+        row = {"cell": asdict(cell), "outcome": outcome, "made": circumstances()}
+        with self.path.open("a", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def circumstances() -> dict[str, Any]:
+    """On what and when."""
+    return {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+    }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A task with its data in memory.
+
+    Args:
+        benchmark: the task.
+        source: its data.
+        store: where runs are kept.
+    """
+
+    benchmark: Benchmark
+    source: Task
+    store: Store
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """The outcome of a cell, from the file or from a run."""
+        found = self.store.outcome(cell)
+        if found is None:
+            found = run(cell, self.benchmark, self.source)
+            self.store.add(cell, found)
+            print(f"{cell}: {shown(found)}", flush=True)
+        return found
+
+
+def shown(outcome: dict[str, Any]) -> str:
+    """An outcome in a line."""
+    if outcome["diverged"]:
+        return f"diverged ({outcome['seconds']:.0f} s)"
+    return (
+        f"train {outcome['train_loss']:.4f}, at the end {outcome['end_loss']:.4f}, held out {outcome['val_loss']:.4f} "
+        f"{outcome['val_accuracy']:.4f} ({outcome['seconds']:.0f} s, step {outcome['step_ms']:.1f} of {outcome['total_ms']:.1f} ms)"
+    )
+
+
+def run(cell: Cell, benchmark: Benchmark, source: Task) -> dict[str, Any]:
+    """Train once; the held-out split is read once, after the last step.
+
+    Returns:
+        Mean training loss and accuracy over the last tenth of the steps (live weights); loss and accuracy of the weights to
+        evaluate on fixed training samples ("end") and on the held-out split ("val"); the curve; times.
+    """
+    device = source.device
+    batch = cell.batch or benchmark.batch
+    steps = max(10, round(cell.scale * benchmark.budget(source, batch)))
+    if cell.batch and not benchmark.epochs:
+        steps = max(10, round(steps * benchmark.batch / batch))
+    network = benchmark.network(source.facts.classes, cell.width, cell.depth)
+    model = network.to_torch(cell.seed, device=device)
+    # others minimise what is reported; this library's bound is about the loss that declares it
+    loss = benchmark.loss if cell.peer == OURS or benchmark.unit == 1 else UnhalvedSquareLoss()
+    unit = benchmark.unit if loss is benchmark.loss else 1.0
+    runner = PEERS[cell.peer](model, Request(cell.task, loss, cell.lr, cell.schedule, steps, cell.options))
+    aims = aiming(loss, source.facts.classes, device)
+    record = torch.full((3, steps), math.nan)
+    model.train()
+    begun, spent, done = time.perf_counter(), [], 0
+    for index, (inputs, labels) in zip(range(steps), source.batches(batch, cell.seed), strict=False):
+        outputs = model(inputs)
+        value = loss(outputs, aims(labels))
+        for parameter in model.parameters():
+            parameter.grad = None
+        value.backward()
+        start = time.perf_counter()
+        try:
+            runner.step(index)
+        except NonFiniteGradient:
+            break
+        spent.append(time.perf_counter() - start)
+        record[0, index] = unit * value.detach()
+        record[1, index] = (outputs.argmax(-1) == labels).float().mean()
+        record[2, index] = _eta(runner)
+        done = index + 1
+        if index % 100 == 99 and not math.isfinite(float(record[0, index])):
+            break
+    seconds = time.perf_counter() - begun
+    diverged = done < steps or not bool(record[:2].isfinite().all())
+    last = record[:, -max(1, steps // 10) :].mean(1).tolist()
+    outcome: dict[str, Any] = {
+        "diverged": diverged,
+        "steps": steps,
+        "seconds": round(seconds, 2),
+        "step_ms": round(1e3 * statistics.median(spent), 3) if spent else 0.0,
+        "total_ms": round(1e3 * seconds / max(1, done), 3),
+        "train_loss": _finite(last[0]),
+        "train_accuracy": _finite(last[1]),
+        "curve": _curve(record),
+        "state": runner.numbers(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    with runner.averaged():
+        renew(model, source, batch)
+        end = evaluation(model, loss, unit, aims, _training(source, batch)) if not diverged else (None, None)
+        held = evaluation(model, loss, unit, aims, source.evaluation(256)) if not diverged else (None, None)
+    return outcome | {"end_loss": end[0], "end_accuracy": end[1], "val_loss": held[0], "val_accuracy": held[1]}
+
+
+def _eta(runner: Runner) -> float:
+    current = getattr(runner.optimizers[0], "current", None)
+    return float(current.eta) if current is not None else math.nan
+
+
+def _training(source: Task, batch: int) -> Iterator[Any]:
+    count = max(1, TRAINING_SAMPLES // (batch * (64 if source.held_out == "validation" else 1)))
+    return (found for _, found in zip(range(count), source.batches(batch, EVALUATION_SEED), strict=False))
+
+
+def renew(model: Any, source: Task, batch: int, passes: int = 50) -> None:
+    """Running statistics for the weights that are about to be evaluated; nothing without batch norm."""
+    if any(True for _ in model.buffers()):
+        model.train()
+        with torch.no_grad():
+            for _, (inputs, _labels) in zip(range(passes), source.batches(batch, EVALUATION_SEED + 1), strict=False):
+                model(inputs)
+
+
+def evaluation(
+    model: Any, loss: Any, unit: float, aims: Any, batches: Iterator[Any]
+) -> tuple[float | None, float | None]:
+    """Mean loss and accuracy."""
+    model.eval()
+    count, sums = 0, torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for inputs, labels in batches:
+            outputs = model(inputs)
+            sums[0] += unit * float(loss(outputs, aims(labels))) * labels.numel()
+            sums[1] += float((outputs.argmax(-1) == labels).sum())
+            count += labels.numel()
+    value, hits = (sums / count).tolist()
+    return _finite(value), hits
+
+
+def _curve(record: torch.Tensor) -> dict[str, list[float | None]]:
+    parts = record.tensor_split(min(POINTS, record.shape[1]), dim=1)
+    ends = torch.tensor([part.shape[1] for part in parts]).cumsum(0)
+    means = torch.stack([part.mean(1) for part in parts], 1).tolist()
+    rows = {"step": ends.tolist(), "train_loss": means[0], "eta": means[2]}
+    return {name: [_finite(value) for value in row] for name, row in rows.items()}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def sweep(bench: Bench, base: Cell) -> float:
+    """Search a grid of half-decades until the best training loss is interior; the best rate."""
+    losses: dict[int, float] = {}
+
+    def look(exponent: int) -> None:
+        from dataclasses import replace
+
+        found = bench.measure(replace(base, lr=rate(exponent)))
+        losses[exponent] = math.inf if found["diverged"] else found["train_loss"]
+
+    start = START[base.peer]
+    for exponent in (start - 1, start, start + 1):
+        look(exponent)
+    while True:
+        best = min(losses, key=lambda exponent: (losses[exponent], exponent))
+        further = {min(losses): min(losses) - 1, max(losses): max(losses) + 1}.get(best)
+        if further is None or not -14 <= further <= 6:
+            return rate(best)
+        look(further)
+
+
+def rate(exponent: int) -> float:
+    """10^(exponent/2)."""
+    return float(f"{10 ** (exponent / 2):.3g}")
+
+
+def study(
+    bench: Bench, name: str, seeds: list[int], scale: float, groups: list[str], grids: list[str], schedules: list[str]
+) -> None:
+    """Every run of one task."""
+    from dataclasses import replace
+
+    base = Cell(name, OURS, scale=scale)
+    chosen: list[Cell] = []
+    if "ours" in groups:
+        chosen.append(base)
+    if "grids" in groups:
+        for peer in grids:
+            peer = "adamw" if (peer, name) == ("adam", "chargpt") else peer
+            for schedule in schedules:
+                cell = replace(base, peer=peer, schedule=schedule)
+                chosen.append(replace(cell, lr=sweep(bench, cell)))
+    if "defaults" in groups:
+        chosen += [
+            replace(base, peer=p, schedule="cosine" if p in SCHEDULED else "constant") for p in PEERS if p != OURS
+        ]
+    for seed in seeds:
+        for cell in chosen:
+            bench.measure(replace(cell, seed=seed))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--scale", type=float, default=1.0, help="budget as a multiple of each task's own")
+    parser.add_argument(
+        "--groups", nargs="+", choices=["ours", "grids", "defaults"], default=["ours", "grids", "defaults"]
+    )
+    parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS), help="whose rates are searched for")
+    parser.add_argument("--schedules", nargs="+", choices=["cosine", "constant"], default=["cosine", "constant"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/study.jsonl"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    for name in options.tasks:
+        bench = Bench(TASKS[name], TASKS[name].source(options.data_dir, options.device), Store(options.out))
+        study(bench, name, options.seeds, options.scale, options.groups, options.grids, options.schedules)
+
+
+if __name__ == "__main__":
+    main()

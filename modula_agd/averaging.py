@@ -1,0 +1,57 @@
+"""Averaged weights to evaluate: an average whose window grows with the run, so that there is no window to tune.
+
+A step whose size the noise of minibatches sets leaves the weights moving about; their average lies nearer to what they move
+about. With weights that rise like the power ρ of the step's number (Shamir & Zhang 2013, arXiv:1212.1824),
+
+    w̄_n = w̄_{n−1} + c_n·(w_n − w̄_{n−1}),        c_n = (ρ + 1)/(n + ρ),
+
+about the last 1/(ρ + 1) of the steps counts, however many there have been.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from modula_agd.polar import working_dtype
+
+POWER = 8.0
+"""ρ: about the last ninth of a run counts. Chosen once, by training losses of all tasks together (docs/benchmarks.md)."""
+
+
+def share(count: int) -> float:
+    """c_n, what the newest weights count for; 1 for the first.
+
+    Args:
+        count: n ≥ 1, steps made so far.
+    """
+    return (POWER + 1) / (count + POWER)
+
+
+def averaged(average: Mapping[str, Tensor] | None, params: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """w̄_n. Pure.
+
+    Args:
+        average: w̄_{n−1} by name; None before the first.
+        params: w_n by name; running statistics may be among them.
+        count: n ≥ 1.
+
+    Returns:
+        Tensors of each parameter's shape, half precision in float32; what is no floating-point number is taken as it is.
+    """
+    names = [name for name, value in params.items() if value.is_floating_point()]
+    fresh = [params[name].detach().to(working_dtype(params[name].dtype)) for name in names]
+    if average is None:
+        means = [value.clone() for value in fresh]
+    else:
+        means = torch._foreach_lerp([average[name] for name in names], fresh, share(count))  # pyright: ignore
+    return {**{name: value.detach().clone() for name, value in params.items()}, **dict(zip(names, means, strict=True))}
+
+
+def average_(average: Mapping[str, Tensor], params: Mapping[str, Tensor], count: int) -> None:
+    """The same, written over ``average``: for an optimizer, which owns it."""
+    names = [name for name, value in params.items() if value.is_floating_point()]
+    fresh = [params[name].detach().to(average[name].dtype) for name in names]
+    torch._foreach_lerp_([average[name] for name in names], fresh, share(count))  # pyright: ignore
+    for name in params.keys() - set(names):
+        average[name].copy_(params[name])

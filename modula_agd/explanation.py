@@ -1,0 +1,183 @@
+"""Why a step was as long as it was: what each weight gave, what it cost, and what held it back.
+
+A step t lowers the loss by t·S, S = Σ_k m_k·ω_k·⟨g_k, u_k⟩, and the majorant takes back what the network's growth may do, of
+which the slope at 0 is the depth D = Σ_k m_k·d_k: d_k is how often a relative change of weight k arrives at the output. So a
+weight *gives* m_k·ω_k·⟨g_k, u_k⟩/S of the descent and *costs* m_k·d_k/D of the growth. The descent along directions made of past
+gradients, divided by what those gradients themselves promise, ⟨m_k, u_k⟩, tells signal from noise: 1 is all signal, 0 all noise.
+"""
+
+from dataclasses import dataclass
+
+from modula_agd.bound import aligned
+from modula_agd.forecast import MEMORY
+from modula_agd.method import Method
+from modula_agd.state import State
+
+NOISE = 0.1
+"""Share of signal below which noise is said to hold a weight back."""
+DEAR = 2.0
+"""A weight whose cost is this many times what it gives is said to be held back by growth."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """One weight in a step.
+
+    Args:
+        name: of the parameter.
+        dual: ‖m‖_dual of the momentum (of the gradient where there is none): the descent that past gradients promise.
+        descent: ⟨g, u⟩, what the fresh gradient measures along the direction.
+        signal: descent/dual; 1 is no noise. Without momentum the two are the same.
+        gives: share of the descent S; may be negative.
+        costs: share of the depth D.
+        moved: ‖ΔW‖/ω, the relative step of this weight.
+        held_back_by: what bounds it, in words.
+    """
+
+    name: str
+    dual: float
+    descent: float
+    signal: float
+    gives: float
+    costs: float
+    moved: float
+    held_back_by: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The last step of a method; ``print`` shows it as a table.
+
+    Args:
+        shares: one per weight, in the network's order.
+        eta: η.
+        t: relative step of a weight of mass 1.
+        descent: S as this batch measured it.
+        smoothed: Ŝ, the mean that the step reckoned with.
+        depth: D.
+        magnitude: a.
+        promised: what the majorant says the last step lowers the loss by, at least.
+        predicted: the mean of that over the last hundred steps or so; None where no loss was told.
+        realised: the mean of what the loss fell by.
+        error: standard error of ``realised``.
+    """
+
+    shares: tuple[Share, ...]
+    eta: float
+    t: float
+    descent: float
+    smoothed: float
+    depth: float
+    magnitude: float
+    promised: float
+    predicted: float | None
+    realised: float | None
+    error: float | None
+
+    @property
+    def verdict(self) -> str:
+        """Whether the majorant is loose or violated, in words."""
+        if self.predicted is None or self.realised is None or self.error is None:
+            return "unknown: no loss was told; pass value=loss to step() or update()"
+        if self.realised + 2 * self.error < self.predicted:
+            return "violated: the loss falls by less than predicted, or the gradient's own batch flatters it"
+        if self.realised - 2 * self.error > self.predicted:
+            return "loose: the loss falls by more than predicted, and longer steps would do"
+        return "neither loose nor violated, within two standard errors"
+
+    def __str__(self) -> str:
+        header = ("parameter", "dual norm", "descent", "signal", "gives", "costs", "step", "held back by")
+        body = [
+            (
+                x.name,
+                f"{x.dual:.3g}",
+                f"{x.descent:.3g}",
+                f"{x.signal:.0%}",
+                f"{x.gives:.1%}",
+                f"{x.costs:.1%}",
+                f"{x.moved:.2e}",
+                x.held_back_by,
+            )
+            for x in self.shares
+        ]
+        widths = [max(len(line[column]) for line in (header, *body)) for column in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in (header, *body)
+        ]
+        rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
+        facts = [
+            ("η", f"{self.eta:.4g}"),
+            (
+                "descent S",
+                f"{self.descent:.4g} on this batch, {self.smoothed:.4g} in the mean that the step reckons with",
+            ),
+            ("growth", f"depth {self.depth:.4g}, output magnitude {self.magnitude:.4g}"),
+            ("promised decrease", f"{self.promised:.4g}"),
+        ]
+        if self.predicted is not None:
+            facts.append(("predicted, mean", f"{self.predicted:.4g} per step"))
+            facts.append(("realised, mean", f"{self.realised:.4g} ± {self.error:.2g} per step"))
+        facts.append(("majorant", self.verdict))
+        return "\n".join([lines[0], rule, *lines[1:], rule, aligned(facts)])
+
+
+def explain(method: Method, state: State) -> Explanation:
+    """Account for the update behind a state. Waits for the device.
+
+    Args:
+        method: that made it.
+        state: as the update returned it.
+    """
+    sensitivities = method.sensitivities(state)
+    depth = sum(sensitivities.values()) or 1.0
+    t, sizes, pairs = float(state.t), state.sizes.tolist(), state.descents.tolist()
+    total = sum(mass * size * pair for mass, size, pair in zip(method.masses.values(), sizes, pairs, strict=True))
+    shares = []
+    for (name, mass), size, pair in zip(method.masses.items(), sizes, pairs, strict=True):
+        held = state.momentum.get(name)
+        dual = float(method.norms[name].dual(held)) if held is not None else pair
+        gives = mass * size * pair / total if total else 0.0
+        costs = sensitivities[name] / depth
+        signal = pair / dual if dual else 0.0
+        moved = mass * t if pair else 0.0
+        reason = _reason(mass, pair, signal, gives, costs, method.momentum is not None)
+        shares.append(Share(name, dual, pair, signal, gives, costs, moved, reason))
+    told = float(state.told)
+    predicted = float(state.predicted) / told if told else None
+    realised = float(state.realised) / told if told else None
+    error = _standard_error(float(state.wander) / told, told) if told else None
+    weight = float(state.weight)
+    smoothed = float(state.smoothed) / weight if weight else float(state.descent)
+    return Explanation(
+        tuple(shares),
+        float(state.eta),
+        t,
+        float(state.descent),
+        smoothed,
+        float(state.depth),
+        float(state.magnitude),
+        -float(state.change),
+        predicted,
+        realised,
+        error,
+    )
+
+
+def _reason(mass: float, pair: float, signal: float, gives: float, costs: float, held_out: bool) -> str:
+    if mass == 0:
+        return "frozen: mass 0"
+    if pair == 0:
+        return "no gradient"
+    if pair < 0 and held_out:
+        return "noise: the fresh gradient points the other way"
+    if held_out and signal < NOISE:
+        return "noise"
+    if costs > DEAR * max(gives, 0.0):
+        return "growth: it costs more than it gives"
+    return "the common step"
+
+
+def _standard_error(square: float, told: float) -> float:
+    """Of an exponential mean of differences of values with independent noise of variance square/2."""
+    return (1 - MEMORY) / told * (square / 2) ** 0.5

@@ -1,0 +1,76 @@
+"""What an update is given, looked at before anything is computed: names, shapes, kinds; never values, which would be a wait."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from modula_agd.error import InvalidArgument
+from modula_agd.majorisation import Evidence
+from modula_agd.run import Weighted
+from modula_agd.state import WEIGHT_SIZED, State, odd_tensors
+
+
+def check_parameters(atoms: Mapping[str, Weighted], params: Mapping[str, Tensor]) -> None:
+    """Raise ``InvalidArgument`` unless the parameters are those that the atoms declare."""
+    if set(params) != set(atoms):
+        raise InvalidArgument(
+            f"the method was built for a network with parameters {sorted(atoms)}, but was given {sorted(params)}. "
+            "Pass what network.init() returns."
+        )
+    _check_shapes(atoms, params)
+
+
+def check_update(
+    atoms: Mapping[str, Weighted],
+    grads: Mapping[str, Tensor | None],
+    state: State,
+    params: Mapping[str, Tensor],
+    evidence: Evidence | None,
+) -> None:
+    """Raise ``InvalidArgument`` where something that an update takes is not what it should be."""
+    if not isinstance(grads, Mapping) or not isinstance(state, State):
+        raise InvalidArgument(
+            f"update takes gradients by name and a state, but got {type(grads).__name__} and {type(state).__name__}. "
+            "Call method.update(grads, state, params) with the state that method.init(params) returned."
+        )
+    missing = atoms.keys() - params.keys()
+    if missing:
+        raise InvalidArgument(f"update was given parameters without {sorted(missing)}. Pass all of the network's.")
+    _check_shapes(atoms, params)
+    if evidence is not None and not (isinstance(evidence, Evidence) and all(isinstance(x, Tensor) for x in evidence)):
+        raise InvalidArgument(
+            f"update was given evidence {evidence!r}. Pass evidence=method.evidence(params, inputs, targets) of the same batch."
+        )
+    shapes = {name: atom.shape for name, atom in atoms.items()}
+    for what in WEIGHT_SIZED:
+        odd = odd_tensors(what, getattr(state, what), shapes)
+        if odd is not None:
+            raise InvalidArgument(
+                f"update was given the state of another method: {odd}. Pass the state that init or the last update returned."
+            )
+    for name, gradient in grads.items():
+        if name not in atoms:
+            raise InvalidArgument(
+                f"a gradient was given for {name!r}, which is not among the parameters {sorted(atoms)}"
+            )
+        if gradient is None:
+            continue
+        if not isinstance(gradient, Tensor):
+            raise InvalidArgument(f"the gradient of {name!r} is {type(gradient).__name__}, where a tensor belongs")
+        if gradient.layout != torch.strided or not gradient.is_floating_point():
+            raise InvalidArgument(
+                f"the gradient of {name!r} is {gradient.layout} of {gradient.dtype}; a step takes dense floating-point ones"
+            )
+        if gradient.shape != params[name].shape:
+            raise InvalidArgument(
+                f"the gradient of {name!r} has shape {tuple(gradient.shape)}, the parameter {tuple(params[name].shape)}"
+            )
+
+
+def _check_shapes(atoms: Mapping[str, Weighted], params: Mapping[str, Tensor]) -> None:
+    for name, atom in atoms.items():
+        if tuple(params[name].shape) != atom.shape:
+            raise InvalidArgument(
+                f"parameter {name!r} has shape {tuple(params[name].shape)}, but its module declares {atom.shape}"
+            )
