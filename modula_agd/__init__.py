@@ -55,6 +55,8 @@ from modula_agd.error import ModulaError as ModulaError
 from modula_agd.error import NonFiniteGradient as NonFiniteGradient
 from modula_agd.error import SpaceMismatch as SpaceMismatch
 from modula_agd.error import UnknownBound as UnknownBound
+from modula_agd.explanation import Explanation as Explanation
+from modula_agd.explanation import explain as explain
 from modula_agd.kernel_norm import PerTap as PerTap
 from modula_agd.kernel_norm import Unfolded as Unfolded
 from modula_agd.layer import Atom as Atom

@@ -3,7 +3,8 @@
 A step t lowers the loss by t·S, S = Σ_k m_k·ω_k·⟨g_k, u_k⟩, and the majorant takes back what the network's growth may do, of
 which the slope at 0 is the depth D = Σ_k m_k·d_k: d_k is how often a relative change of weight k arrives at the output. So a
 weight *gives* m_k·ω_k·⟨g_k, u_k⟩/S of the descent and *costs* m_k·d_k/D of the growth. The descent along directions made of past
-gradients, divided by what those gradients themselves promise, ⟨m_k, u_k⟩, tells signal from noise: 1 is all signal, 0 all noise.
+gradients, divided by what those gradients themselves promise, ⟨m_k, u_k⟩, tells signal from noise: about 1 is all signal, about 0 all
+noise; being of one batch, it is as noisy as that batch.
 """
 
 from dataclasses import dataclass

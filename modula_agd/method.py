@@ -95,6 +95,7 @@ class Method:
     smoothing: float | None = None
     refresh: int | None = None
     decay: float = 0.0
+    relaxation: float = 1.0
     _plans: dict[torch.device, Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -292,9 +293,10 @@ class Method:
         finite = finite & best.t.isfinite()
         if not masked:
             self._raise_unusable(best.t, evidence)
+        t = self.relaxation * best.t
         after = state._replace(
-            eta=best.eta,
-            t=best.t,
+            eta=self.relaxation * best.eta,
+            t=t,
             descent=descent,
             change=best.change,
             magnitude=zero + majorant.bound.magnitude,
@@ -310,8 +312,8 @@ class Method:
             directions=kept,
             **forecast(state, value),
         )
-        amounts = dict(zip(self.atoms, (-best.t * reach).unbind(), strict=True))
-        shrink = {name: self.decay * self.masses[name] * best.t for name in directions} if self.decay else {}
+        amounts = dict(zip(self.atoms, (-t * reach).unbind(), strict=True))
+        shrink = {name: self.decay * self.masses[name] * t for name in directions} if self.decay else {}
         return Move(directions, gradients, amounts, shrink, finite if masked else None, after)
 
     def check(self, state: State) -> None:

@@ -31,11 +31,12 @@ class AGD(torch.optim.Optimizer):
     Args:
         model: a network's ``torch.nn`` face.
         loss: what is minimised, or a ``Method`` built beforehand.
-        averaging: whether to keep averaged weights (one buffer of the weights' size), for ``averaged()``.
+        averaging: whether to keep averaged weights (one buffer of the weights' size), for ``averaged()``; by default where there
+            is momentum.
         options: as for ``agd``.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss | Method, *, averaging: bool = True, **options: Any) -> None:
+    def __init__(self, model: nn.Module, loss: Loss | Method, *, averaging: bool | None = None, **options: Any) -> None:
         if not isinstance(model, TorchModule):
             raise SpaceMismatch(
                 f"AGD was given a {type(model).__name__}, whose layers declare no bounds. Compose the network from modula_agd "
@@ -58,7 +59,7 @@ class AGD(torch.optim.Optimizer):
             )
         self._names = [name for name, _ in model.named_parameters()]
         self._buffers = dict(model.named_buffers())
-        self.averaging = averaging
+        self.averaging = self.method.momentum is not None if averaging is None else averaging
         self._average: dict[str, Tensor] = {}
         self._swapped = False
         self._micro: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
@@ -213,11 +214,12 @@ class AGD(torch.optim.Optimizer):
         """The averaged weights and running statistics by name, as ``model.load_state_dict`` takes them: a copy.
 
         Raises:
-            InvalidArgument: the optimizer was built with ``averaging=False``.
+            InvalidArgument: the optimizer keeps none.
         """
         if not self.averaging:
             raise InvalidArgument(
-                "averaged weights were asked for, but AGD was built with averaging=False. Leave it out."
+                "averaged weights were asked for, but AGD keeps none: averaging is False, or left out without momentum. "
+                "Build it with averaging=True."
             )
         live = self._averaged()
         return {name: self._average.get(name, value).to(value.dtype).clone() for name, value in live.items()}

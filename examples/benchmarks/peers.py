@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import _muon as _muon_module
 
-from modula_agd import AGD, Loss, RowNorm, agd, published
+from modula_agd import AGD, ClosedForm, Loss, RowNorm, agd, published
 from modula_agd.torch_module import TorchModule
 
 Steps = int
@@ -213,9 +213,12 @@ def _dog(layerwise: bool) -> Make:
 
 
 def _ours(model: TorchModule, request: Request) -> Runner:
-    optimizer = AGD(model, agd(model.network, request.loss, **request.options))
+    options = dict(request.options)
+    if options.get("search") == "closed form":
+        options["search"] = ClosedForm()
+    optimizer = AGD(model, agd(model.network, request.loss, **options), averaging=True)
     optimizer.param_groups[0]["lr"] = 1.0 if request.lr is None else request.lr
-    return Runner([optimizer], request.factor, getattr(optimizer, "averaged", nullcontext))
+    return Runner([optimizer], request.factor, optimizer.averaged)
 
 
 def _published(model: TorchModule, request: Request) -> Runner:

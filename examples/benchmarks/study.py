@@ -14,7 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -254,8 +254,6 @@ def sweep(bench: Bench, base: Cell) -> float:
     losses: dict[int, float] = {}
 
     def look(exponent: int) -> None:
-        from dataclasses import replace
-
         found = bench.measure(replace(base, lr=rate(exponent)))
         losses[exponent] = math.inf if found["diverged"] else found["train_loss"]
 
@@ -275,27 +273,21 @@ def rate(exponent: int) -> float:
     return float(f"{10 ** (exponent / 2):.3g}")
 
 
-def study(
-    bench: Bench, name: str, seeds: list[int], scale: float, groups: list[str], grids: list[str], schedules: list[str]
-) -> None:
-    """Every run of one task."""
-    from dataclasses import replace
-
-    base = Cell(name, OURS, scale=scale)
+def study(bench: Bench, base: Cell, plan: argparse.Namespace) -> None:
+    """Every run of one task that the arguments ask for."""
     chosen: list[Cell] = []
-    if "ours" in groups:
+    if "ours" in plan.groups:
         chosen.append(base)
-    if "grids" in groups:
-        for peer in grids:
-            peer = "adamw" if (peer, name) == ("adam", "chargpt") else peer
-            for schedule in schedules:
+    if "grids" in plan.groups:
+        for wanted in plan.grids:
+            peer = "adamw" if (wanted, base.task) == ("adam", "chargpt") else wanted
+            for schedule in plan.schedules:
                 cell = replace(base, peer=peer, schedule=schedule)
                 chosen.append(replace(cell, lr=sweep(bench, cell)))
-    if "defaults" in groups:
-        chosen += [
-            replace(base, peer=p, schedule="cosine" if p in SCHEDULED else "constant") for p in PEERS if p != OURS
-        ]
-    for seed in seeds:
+    if "defaults" in plan.groups:
+        others = [peer for peer in PEERS if peer not in (OURS, *plan.skip)]
+        chosen += [replace(base, peer=p, schedule="cosine" if p in SCHEDULED else "constant") for p in others]
+    for seed in plan.seeds:
         for cell in chosen:
             bench.measure(replace(cell, seed=seed))
 
@@ -311,6 +303,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS), help="whose rates are searched for")
     parser.add_argument("--schedules", nargs="+", choices=["cosine", "constant"], default=["cosine", "constant"])
+    parser.add_argument("--skip", nargs="+", choices=list(PEERS), default=[], help="peers left out of the defaults")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/study.jsonl"))
@@ -322,7 +315,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     for name in options.tasks:
         bench = Bench(TASKS[name], TASKS[name].source(options.data_dir, options.device), Store(options.out))
-        study(bench, name, options.seeds, options.scale, options.groups, options.grids, options.schedules)
+        study(bench, Cell(name, OURS, scale=options.scale), options)
 
 
 if __name__ == "__main__":

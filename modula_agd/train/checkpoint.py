@@ -13,7 +13,7 @@ from modula_agd.train.extras import require
 if TYPE_CHECKING:
     from modula_agd import State
 
-_PARTS = ("params", "buffers", "state")
+_PARTS = ("params", "buffers", "state", "average")
 
 
 class CheckpointError(ModulaError, ValueError):
@@ -27,12 +27,14 @@ class Checkpoint(NamedTuple):
         params: weights by name.
         buffers: running statistics by name; empty for most networks.
         state: the tensors of the optimizer's state by name: of the field, and below it of the weight where there are many.
+        average: averaged weights and running statistics, by the names of both.
         metadata: texts by name, such as the step.
     """
 
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
     state: dict[str, Tensor]
+    average: dict[str, Tensor]
     metadata: dict[str, str]
 
 
@@ -42,6 +44,7 @@ def save(
     state: "State",
     metadata: Mapping[str, str],
     buffers: Mapping[str, Tensor] | None = None,
+    average: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint; a reader, or a crash, finds the old file or the new one, never half of one.
 
@@ -51,11 +54,12 @@ def save(
         state: a named tuple of tensors, of mappings and of named tuples of such.
         metadata: texts to keep with them.
         buffers: running statistics by name.
+        average: averaged weights and running statistics by name.
     """
     require("writing a checkpoint", "safetensors")
     from safetensors.torch import save as serialised
 
-    parts = zip(_PARTS, (params, buffers or {}, state), strict=True)
+    parts = zip(_PARTS, (params, buffers or {}, state, average or {}), strict=True)
     # Fields of a state may share memory, which safetensors refuses to write.
     tensors = {
         name: value.detach().cpu().clone().contiguous() for part, values in parts for name, value in _flat(part, values)
@@ -94,16 +98,16 @@ def load(path: Path) -> Checkpoint:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}. Name another, or train again.") from error
-    params, buffers, state = (
+    params, buffers, state, average = (
         {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
         for part in _PARTS
     )
-    if not params or len(params) + len(buffers) + len(state) != len(tensors):
+    if not params or len(params) + len(buffers) + len(state) + len(average) != len(tensors):
         raise CheckpointError(
             f"{path} holds tensors named {', '.join(sorted(tensors)[:3])}, but a checkpoint's begin with "
             f"{', '.join(_PARTS)} and a dot. Name a file that a training run has written."
         )
-    return Checkpoint(params, buffers, state, metadata)
+    return Checkpoint(params, buffers, state, average, metadata)
 
 
 def state_like(example: "State", tensors: Mapping[str, Tensor]) -> "State":

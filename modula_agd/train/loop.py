@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modula_agd import Method, State
+from modula_agd.averaging import averaged
 from modula_agd.error import InvalidArgument
 from modula_agd.train.checkpoint import save
 from modula_agd.train.extras import require
@@ -55,6 +56,8 @@ class Outcome:
     Args:
         params: the last weights.
         buffers: the last running statistics; ``{}`` for most networks.
+        average: averaged weights and running statistics, by the names of both, which the evaluations are of; the last ones
+            where nothing is averaged.
         state: the optimizer's last state.
         steps: updates made.
         history: one evaluation per line of the log.
@@ -63,6 +66,7 @@ class Outcome:
 
     params: Tensors
     buffers: Tensors
+    average: Tensors
     state: State
     steps: int
     history: tuple[Evaluation, ...]
@@ -75,6 +79,7 @@ class _Point:
 
     params: Tensors
     buffers: Tensors
+    average: Tensors
     state: State
     step: int
 
@@ -91,7 +96,14 @@ class _Trainer:
     def start(self, seed: int) -> _Point:
         network, device = self.method.network, self.task.device
         params = network.init(seed, device=device)
-        return _Point(params, network.buffers(device), self.method.init(params), 0)
+        buffers = network.buffers(device)
+        return _Point(params, buffers, {**params, **buffers}, self.method.init(params), 0)
+
+    def _average(self, point: _Point, moved: Tensors, buffers: Tensors) -> Tensors:
+        """What to evaluate after a step; steps along the batch's own gradient are judged by the weights that they lead to."""
+        if self.method.momentum is None:
+            return {**moved, **buffers}
+        return averaged(point.average if point.step else None, {**moved, **buffers}, point.step + 1)
 
     def _training_loss(self, params: Tensors, buffers: Tensors, inputs: Tensor, aims: Tensor) -> tuple[Tensor, Any]:
         outputs, renewed = self.method.network.run(params, inputs, buffers, self.generator)
@@ -106,17 +118,21 @@ class _Trainer:
             method.evidence(params, batch.inputs, aims, self.generator.clone_state()) if method.needs_evidence else None
         )
         grads, (value, (outputs, renewed)) = self.gradient(params, point.buffers, batch.inputs, aims)
-        updates, state = method.update(grads, point.state, params, evidence=evidence)
+        updates, state = method.update(grads, point.state, params, evidence=evidence, value=value)
         meter.add(value, outputs, batch.labels)
         moved = {name: weight + updates[name] if name in updates else weight for name, weight in params.items()}
-        return _Point(moved, renewed, state, point.step + 1), updates
+        return _Point(moved, renewed, self._average(point, moved, renewed), state, point.step + 1), updates
 
     def evaluated(self, point: _Point, batch_size: int) -> tuple[float | None, float | None]:
-        """Mean loss and accuracy on the held-out data."""
+        """Mean loss and accuracy on the held-out data, with averaged weights."""
         meter = Meter()
+        mean = {
+            name: value.to(point.params[name].dtype) if name in point.params else value
+            for name, value in point.average.items()
+        }
         with torch.no_grad():
             for inputs, labels in self.task.evaluation(batch_size):
-                outputs = self.method.network(point.params, inputs, point.buffers)
+                outputs = self.method.network(mean, inputs, mean)
                 meter.add(self.method.loss(outputs, self.aims(labels)), outputs, labels)
         return meter.means()
 
@@ -163,7 +179,7 @@ def train(
         if run is not None:
             about = {} if recipe is None else {KEY: str(recipe)}
             metadata = {"step": str(point.step), "seed": str(schedule.seed), **about}
-            save(run.checkpoint, point.params, point.state, metadata, point.buffers)
+            save(run.checkpoint, point.params, point.state, metadata, point.buffers, point.average)
 
     def evaluate(relative_update: dict[str, float | None]) -> None:
         nonlocal meter
@@ -196,7 +212,7 @@ def train(
             interrupted = True
     if interrupted:
         keep()
-    return Outcome(point.params, point.buffers, point.state, point.step, tuple(history), interrupted)
+    return Outcome(point.params, point.buffers, point.average, point.state, point.step, tuple(history), interrupted)
 
 
 def _relative(updates: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, float | None]:

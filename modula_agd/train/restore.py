@@ -15,12 +15,13 @@ from modula_agd.train.run_folder import RunFolder
 
 
 class Restored(NamedTuple):
-    """A trained network: ``network(params, recipe.inputs(images), buffers)`` gives its outputs.
+    """A trained network: ``network(average, recipe.inputs(images), average)`` gives its outputs.
 
     Args:
         network: built anew from the recipe.
-        params: its weights by name.
+        params: its last weights by name, to go on with.
         buffers: its running statistics by name; ``{}`` for most networks.
+        average: averaged weights and running statistics, by the names of both, to evaluate.
         recipe: what it was built from, and what the data are.
         state: the optimizer's state by name of its fields.
         step: updates made.
@@ -29,6 +30,7 @@ class Restored(NamedTuple):
     network: Module
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    average: dict[str, Tensor]
     recipe: Recipe
     state: dict[str, Tensor]
     step: int
@@ -62,9 +64,14 @@ def restore(run: Path | str, device: torch.device | str = "cpu") -> Restored:
             f"{path} tells of a network or a step that cannot be: {error}. It is damaged, or was written by another version; train "
             "again with this one."
         ) from error
+    # a checkpoint that tells of no average is judged by its last weights
+    average = saved.average or {**saved.params, **saved.buffers}
+    weights = {name: tuple(atom.shape) for name, atom in network.atoms()}
+    statistics = {name: tuple(value.shape) for name, value in network.buffers().items()}
     for what, declared, found in (
-        ("weights", {name: tuple(atom.shape) for name, atom in network.atoms()}, saved.params),
-        ("running statistics", {name: tuple(value.shape) for name, value in network.buffers().items()}, saved.buffers),
+        ("weights", weights, saved.params),
+        ("running statistics", statistics, saved.buffers),
+        ("averaged weights", {**weights, **statistics}, average),
     ):
         shapes = {name: tuple(value.shape) for name, value in found.items()}
         odd = sorted(name for name in declared.keys() | shapes.keys() if declared.get(name) != shapes.get(name))
@@ -77,6 +84,7 @@ def restore(run: Path | str, device: torch.device | str = "cpu") -> Restored:
         network,
         _to(saved.params, device),
         _to(saved.buffers, device),
+        _to(average, device),
         written,
         _to(saved.state, device),
         step,

@@ -54,7 +54,7 @@ def _drawn(
     seen = prompt[-facts.context :].to(device)
     for _ in range(length):
         with torch.no_grad():
-            scores = trained.network(trained.params, seen[None], trained.buffers)[0, -1].double().cpu()
+            scores = trained.network(trained.average, seen[None], trained.average)[0, -1].double().cpu()
         if not bool(scores.isfinite().all()):
             raise InvalidArgument(
                 "the network's scores of the next character hold NaN or infinity: its weights are damaged, or far too large. "

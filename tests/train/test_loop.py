@@ -153,7 +153,7 @@ def test_running_statistics_are_renewed_kept_and_used(tmp_path):
     assert all(torch.equal(value, saved.buffers[name]) for name, value in outcome.buffers.items())
     assert not any(value.requires_grad for value in outcome.buffers.values())
     (batch,) = task.evaluation(100)
-    expected = CrossEntropy()(network(outcome.params, batch.inputs, outcome.buffers), batch.labels)
+    expected = CrossEntropy()(network(outcome.average, batch.inputs, outcome.average), batch.labels)
     assert outcome.history[-1].val_loss == pytest.approx(expected.item(), rel=1e-5)
 
 

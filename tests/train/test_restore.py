@@ -67,7 +67,7 @@ def test_a_restored_network_gives_the_logged_accuracy(tmp_path, capsys, arch):
     digits = classification("digits")
     last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     pixels = digits.validation.inputs * digits.facts.deviation[0] + digits.facts.mean[0]
-    outputs = again.network(again.params, again.recipe.inputs(pixels), again.buffers)
+    outputs = again.network(again.average, again.recipe.inputs(pixels), again.average)
     accuracy = (outputs.argmax(1) == digits.validation.labels).float().mean().item()
     assert accuracy == pytest.approx(last["val_accuracy"], abs=1e-6)
     assert again.step == 25
@@ -130,7 +130,7 @@ def test_temperature_0_takes_the_likeliest_character_and_warmth_is_variety(gpt):
     assert text(0, 1) == text(0, 2) == text(1e-9, 3)
     ids = trained.recipe.inputs(["To be, "])
     assert text(0, 1)[0] == trained.recipe.facts.vocabulary.decode(
-        trained.network(trained.params, ids)[0, -1].argmax()[None]
+        trained.network(trained.average, ids)[0, -1].argmax()[None]
     )
     # as good as uniform: 400 draws miss one of 18 characters once in four hundred million times
     assert set(text(1000.0, 1, 400)) == set(trained.recipe.facts.vocabulary.characters)

@@ -1,0 +1,69 @@
+"""What each choice of the default is worth, and how far it carries: cells of this library beside the study's.
+
+python examples/benchmarks/ablations.py --data-dir DIR --what options|multiplier|batch|size [--tasks fcn] [--scale 0.2]
+
+The rows go into the study's file; ``report.py`` prints them under Ablations.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from study import Bench, Cell, Store
+from tasks import TASKS
+
+OPTIONS = {
+    "naive": {"momentum": None, "relaxation": 1.0},
+    "frobenius": {"direction": "frobenius"},
+    "momentum 0.8": {"momentum": 0.8},
+    "momentum 0.9": {"momentum": 0.9},
+    "momentum 0.98": {"momentum": 0.98},
+    "smoothing 0.99": {"smoothing": 0.99},
+    "relaxation 1": {"relaxation": 1.0},
+    "refresh 1": {"refresh": 1},
+    "refresh 8": {"refresh": 8},
+    "decay 0.1": {"decay": 0.1},
+    "tracked": {"sizes": "tracked"},
+    "proved": {"constants": "proved"},
+    "magnitude 2": {"magnitude": 2.0},
+    "closed form": {"search": "closed form"},
+}
+MULTIPLIERS = (0.1, 0.25, 0.5, 2.0, 4.0, 10.0)
+BATCHES = (16, 64, 256, 1024, 4096)
+SIZES = ((8, 1), (1, 8), (2, 1), (1, 2), (4, 1), (1, 4))
+
+
+def cells(what: str, base: Cell, names: list[str] | None) -> list[Cell]:
+    """The cells of one question."""
+    if what == "options":
+        return [replace(base, options=OPTIONS[name]) for name in names or OPTIONS]
+    if what == "multiplier":
+        return [base, *(replace(base, lr=multiplier) for multiplier in MULTIPLIERS)]
+    if what == "batch":
+        return [replace(base, batch=batch) for batch in BATCHES]
+    return [replace(base, width=width, depth=depth) for width, depth in SIZES]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--what", choices=["options", "multiplier", "batch", "size"], required=True)
+    parser.add_argument("--names", nargs="+", choices=list(OPTIONS), help="of --what options (default: all)")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--scale", type=float, default=0.2, help="budget as a multiple of each task's own")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/study.jsonl"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for name in options.tasks:
+        bench = Bench(TASKS[name], TASKS[name].source(options.data_dir, options.device), Store(options.out))
+        base = Cell(name, "held-out", scale=options.scale, seed=options.seed)
+        for cell in [base, *cells(options.what, base, options.names)]:
+            bench.measure(cell)
+
+
+if __name__ == "__main__":
+    main()
