@@ -33,6 +33,7 @@ def agd(
     refresh: int | Literal["auto"] = "auto",
     decay: float = 0.0,
     relaxation: float | Literal["auto"] = "auto",
+    precision: Literal["auto", "full", "half"] = "auto",
 ) -> Method:
     """A method without a learning rate, derived from what the network and the loss declare.
 
@@ -56,6 +57,8 @@ def agd(
             tends to at most size/λ. Counted in the growth, which the step is then shorter by.
         relaxation: multiple > 0 of the majorant's minimiser that a step goes. "auto" is 2 with momentum, as typical changes of
             layers do not line up as the majorant has them (assumed), and 1 without.
+        precision: in which polar factors are iterated: "half" is bfloat16, whatever the weights; "full" float32, or float64 of
+            such weights. "auto" is half on CUDA, but for float64, and full elsewhere.
 
     Raises:
         InvalidArgument: an option is unknown, or contradicts the search.
@@ -79,6 +82,7 @@ def agd(
         ("sizes", sizes, ("prescribed", "tracked")),
         ("constants", constants, ("typical", "proved")),
         ("nonfinite", nonfinite, ("raise", "skip")),
+        ("precision", precision, ("auto", "full", "half")),
     ):
         if value not in allowed:
             raise InvalidArgument(f"agd was given {what}={value!r}; choose one of {allowed}")
@@ -140,6 +144,7 @@ def agd(
         period,
         float(decay),
         beyond,
+        precision,
     )
     method._conversion()
     search.check(network.bound(0.0, magnitude=magnitude, constants=constants))

@@ -40,15 +40,16 @@ def due(clock: int, index: int, period: int) -> bool:
     return clock < period or (clock + index) % period == 0
 
 
-def directions(norms: Mapping[str, Norm], sources: Mapping[str, Tensor]) -> dict[str, Direction]:
+def directions(norms: Mapping[str, Norm], sources: Mapping[str, Tensor], *, half: bool = False) -> dict[str, Direction]:
     """The unit dual direction of each weight.
 
     Args:
         norms: by name.
         sources: gradient or momentum by name, for some of the names.
+        half: whether polar factors are iterated in bfloat16.
     """
     wanted = {name: norms[name].matrices(source) for name, source in sources.items()}
-    factors = iter(polar_of_each([matrix for matrices in wanted.values() for matrix in matrices]))
+    factors = iter(polar_of_each([matrix for matrices in wanted.values() for matrix in matrices], half=half))
     return {
         name: norms[name].assembled(source, [next(factors) for _ in wanted[name]]) for name, source in sources.items()
     }

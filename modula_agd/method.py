@@ -96,6 +96,7 @@ class Method:
     refresh: int | None = None
     decay: float = 0.0
     relaxation: float = 1.0
+    precision: Literal["auto", "full", "half"] = "auto"
     _plans: dict[torch.device, Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -341,7 +342,7 @@ class Method:
         clock = int(state.clock) if lasting else 0
         old = {name for name in lasting & state.directions.keys() if not due(clock, names.index(name), periods[name])}
         sources = {name: state.momentum.get(name, gradients[name]) for name in gradients if name not in old}
-        fresh = directions(self.norms, sources)
+        fresh = directions(self.norms, sources, half=self._half(sources, device))
         kept = {name: fresh[name].dense() for name in fresh if name in lasting} | {n: state.directions[n] for n in old}
         # what is kept for a parameter without a gradient this time stays
         kept = {name: value for name, value in state.directions.items() if name not in kept} | kept
@@ -350,6 +351,12 @@ class Method:
         if self.momentum is not None:
             found = {name: direction.where(gradients[name]) for name, direction in found.items()}
         return found, kept
+
+    def _half(self, sources: Mapping[str, Tensor], device: torch.device) -> bool:
+        """Whether polar factors are iterated in bfloat16; "auto": where that is what an accelerator is fast at."""
+        if self.precision != "auto":
+            return self.precision == "half"
+        return device.type == "cuda" and all(source.dtype != torch.float64 for source in sources.values())
 
     def _shrinking(self, gradients: Mapping[str, Tensor], params: Mapping[str, Tensor], device: torch.device) -> Scalar:
         """What decay alone lowers the loss by, to first order and per unit t: λ·Σ_k m_k·⟨g_k, W_k⟩."""

@@ -46,16 +46,23 @@ GROUPS = (SCHEDULE[:3], SCHEDULE[3:])
 when the next group starts from a fresh one."""
 
 
+HALF_MARGIN = 1.02
+"""Room for the rounding of bfloat16: without it a singular value can leave the next polynomial's interval, and the iteration
+explodes. Over spectra from flat to 1e-5 and sides from 16 to 256 the largest singular value came to 1.0092 before the last division."""
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which norms and directions are computed: float32 for half precision, else the tensor's own."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def polar(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch rows cols"]:
+def polar(matrix: Float[Tensor, "*batch rows cols"], *, half: bool = False) -> Float[Tensor, "*batch rows cols"]:
     """The orthogonal factor U Vᵀ of each matrix, approximately, with no singular value above 1.
 
     Args:
         matrix: any rank, shape and scale; half precision is iterated in float32.
+        half: iterate in bfloat16, many times faster on an accelerator. Singular values above a hundredth of the Schatten
+            4-norm then end above 0.75 (measured, as is that none exceeds 1: ``HALF_MARGIN``).
 
     Returns:
         A matrix of the same shape and dtype: zero where the input is zero (or denormal); singular values within
@@ -70,7 +77,9 @@ def polar(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch ro
     ceiling = torch.linalg.matrix_norm(gram, keepdim=True).sqrt() * (1 + 16 * torch.finfo(x.dtype).eps)
     ceiling = ceiling.masked_fill(ceiling == 0, 1.0)
     x, gram = x / ceiling, gram / ceiling.square()
-    if x.shape[-1] >= GRAM_SIDE * x.shape[-2]:
+    if half:
+        x = _in_bfloat16(x)
+    elif x.shape[-1] >= GRAM_SIDE * x.shape[-2]:
         for index, group in enumerate(GROUPS):
             x = _factor(gram if index == 0 else x @ x.mT, group) @ x
     else:
@@ -82,11 +91,24 @@ def polar(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch ro
     return orthogonal if wide is matrix else orthogonal.mT
 
 
-def polar_of_each(matrices: Sequence[Float[Tensor, "*batch rows cols"]]) -> list[Float[Tensor, "*batch rows cols"]]:
+def _in_bfloat16(x: Float[Tensor, "*batch short long"]) -> Float[Tensor, "*batch short long"]:
+    """The polynomials with room for rounding: what enters each is divided by ``HALF_MARGIN``, and so is the result."""
+    y = x
+    for a, b, c in SCHEDULE:
+        y = (y / HALF_MARGIN).to(torch.bfloat16)
+        gram = y @ y.mT
+        y = a * y + (b * gram + c * (gram @ gram)) @ y
+    return y.to(x.dtype) / HALF_MARGIN
+
+
+def polar_of_each(
+    matrices: Sequence[Float[Tensor, "*batch rows cols"]], *, half: bool = False
+) -> list[Float[Tensor, "*batch rows cols"]]:
     """``polar`` of many matrices (or stacks of them), those of one shape, up to transposition, in one iteration.
 
     Args:
         matrices: of any shapes and dtypes.
+        half: as for ``polar``.
 
     Returns:
         Their polar factors, in order.
@@ -98,10 +120,10 @@ def polar_of_each(matrices: Sequence[Float[Tensor, "*batch rows cols"]]) -> list
     found: dict[int, Tensor] = {}
     for alike in groups.values():
         if len(alike) == 1:
-            found[alike[0]] = polar(matrices[alike[0]])
+            found[alike[0]] = polar(matrices[alike[0]], half=half)
             continue
         stacks = [_wide(matrices[index]).reshape(-1, *sorted(matrices[index].shape[-2:])) for index in alike]
-        factors = polar(torch.cat(stacks)).split([len(x) for x in stacks])
+        factors = polar(torch.cat(stacks), half=half).split([len(x) for x in stacks])
         for index, factor in zip(alike, factors, strict=True):
             shape = matrices[index].shape
             back = factor if shape[-2] <= shape[-1] else factor.mT

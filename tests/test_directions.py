@@ -170,3 +170,21 @@ def test_a_run_with_kept_directions_resumes_bit_for_bit() -> None:
 def test_a_period_that_cannot_be_is_refused(refresh) -> None:
     with pytest.raises(InvalidArgument, match="refresh"):
         agd(NET, SquareLoss(), refresh=refresh)
+
+
+def test_directions_in_bfloat16_are_measured_as_they_are() -> None:
+    """Half precision moves a direction a little; its norm stays at most 1, and the descent is that of the direction used."""
+    net = Linear(3, 32) @ Linear(32, 64) @ Linear(64, 4)
+    params = net.init(0)
+    grads = torch.func.grad(agd(net, SquareLoss()).objective)(params, gaussian(8, 4).float(), gaussian(8, 3).float())
+    half, full = agd(net, SquareLoss(), precision="half"), agd(net, SquareLoss(), precision="full")
+    updates, state = half.update(grads, half.init(params), params)
+    _, exact = full.update(grads, full.init(params), params)
+    assert not torch.equal(state.descents, exact.descents)
+    torch.testing.assert_close(state.descents, exact.descents, rtol=0.05, atol=0)
+    for name, atom in net.weights().items():
+        assert atom.norm.size(updates[name]) <= float(state.t) * (1 + 1e-5)
+    descent = -sum(float((grads[name] * updates[name]).sum()) for name in params)
+    assert descent == pytest.approx(float(state.t * state.descent), rel=1e-5)
+    with pytest.raises(InvalidArgument, match="precision"):
+        agd(net, SquareLoss(), precision="bf16")

@@ -169,6 +169,30 @@ def test_half_precision_is_the_float32_result_rounded_once() -> None:
     assert torch.equal(polar(matrix), polar(matrix.float()).bfloat16())
 
 
+SPECTRA = {
+    "flat": torch.ones,
+    "tenfold": lambda n: torch.logspace(-1, 0, n),
+    "steep": lambda n: torch.logspace(-5, 0, n),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-20])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("rows", "cols"), [(1, 9), (16, 16), (64, 64), (40, 160), (160, 40)])
+def test_iterated_in_bfloat16_no_singular_value_exceeds_1(rows: int, cols: int, spectrum: str, scale: float) -> None:
+    values = SPECTRA[spectrum](min(rows, cols)).double()
+    matrix = (with_singular_values(values, rows, cols, seed=rows) * scale).float()
+    found = torch.linalg.svdvals(polar(matrix, half=True))
+    assert found[0] <= 1
+    assert found[int((values > 1e-2).sum()) - 1] > 0.75
+    assert polar(matrix, half=True).dtype == torch.float32
+
+
+def test_a_zero_or_bad_matrix_in_bfloat16() -> None:
+    assert not polar(torch.zeros(3, 4), half=True).any()
+    assert polar(torch.tensor([[1.0, torch.nan], [0.0, 1.0]]), half=True).isnan().any()
+
+
 def test_a_denormal_matrix_counts_as_zero_and_nan_passes_through() -> None:
     assert not polar(torch.full((3, 3), 1e-41)).any()
     assert polar(torch.tensor([[1.0, torch.nan], [0.0, 1.0]])).isnan().any()
