@@ -1,14 +1,18 @@
-"""What an update is given, looked at before anything is computed: names, shapes, kinds; never values, which would be a wait."""
+"""What an update is given, looked at before anything is computed: names, shapes, kinds.
+
+Values are looked at where the caller may wait for them: on a CPU.
+"""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from modula_agd.error import InvalidArgument
+from modula_agd.error import InvalidArgument, NonFiniteGradient
 from modula_agd.majorisation import Evidence
+from modula_agd.norm import wide
 from modula_agd.run import Weighted
-from modula_agd.state import WEIGHT_SIZED, State, odd_tensors
+from modula_agd.state import WEIGHT_SIZED, Scalar, State, odd_tensors
 
 
 def check_parameters(atoms: Mapping[str, Weighted], params: Mapping[str, Tensor]) -> None:
@@ -74,3 +78,29 @@ def _check_shapes(atoms: Mapping[str, Weighted], params: Mapping[str, Tensor]) -
             raise InvalidArgument(
                 f"parameter {name!r} has shape {tuple(params[name].shape)}, but its module declares {atom.shape}"
             )
+
+
+def check_finite(values: Mapping[str, float]) -> None:
+    """Raise ``NonFiniteGradient`` with the names of parameters whose number is NaN or infinite."""
+    names = [name for name, value in values.items() if not abs(value) < float("inf")]
+    if names:
+        raise NonFiniteGradient(
+            f"the gradient of {', '.join(map(repr, names))} holds NaN or infinity, or overflows in its dtype (or its weight "
+            "does, where sizes are tracked); no weight was changed. Look for overflow in the loss or corrupt inputs, or pass "
+            "nonfinite='skip' to leave such batches out and count them."
+        )
+
+
+def check_step(t: Scalar, evidence: Evidence | None) -> None:
+    """Raise ``InvalidArgument`` where the evidence of a batch, or the step that it led to, is no number that can be used."""
+    told = torch.stack([wide(x.detach()) for x in evidence]) if evidence is not None else None
+    if evidence is not None and told is not None and not bool((told.isfinite() & (told >= 0)).all()):
+        raise InvalidArgument(
+            f"update was given R = {float(evidence.residual)} and an input magnitude of {float(evidence.magnitude)}, which must "
+            "be finite and ≥ 0. Pass evidence=method.evidence(params, inputs, targets) of the same batch."
+        )
+    if not bool(t.isfinite()):
+        raise InvalidArgument(
+            f"the step came out as {float(t)}; no weight was changed. Look for a size, a magnitude or a factor in the network "
+            "that is so small or so large that its square leaves the range of numbers."
+        )

@@ -23,10 +23,10 @@ from torch import Tensor
 from modula_agd.bound import Bound, Number
 from modula_agd.device import precise
 from modula_agd.directions import directions, due, period
-from modula_agd.error import InvalidArgument, NonFiniteGradient, UnknownBound
+from modula_agd.error import InvalidArgument, UnknownBound
 from modula_agd.forecast import forecast
 from modula_agd.held_out import measured, renewed
-from modula_agd.inspection import check_parameters, check_update
+from modula_agd.inspection import check_finite, check_parameters, check_step, check_update
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence, Majorant, Search
 from modula_agd.module import Module
@@ -253,7 +253,7 @@ class Method:
         totals = torch.stack([gradient.sum() for gradient in gradients.values()]) if gradients else torch.zeros(1)
         masked = self._masked(totals.device)
         if not masked and not bool(totals.isfinite().all()):
-            self._raise_nonfinite(dict(zip(gradients, totals.tolist(), strict=True)))
+            check_finite(dict(zip(gradients, totals.tolist(), strict=True)))
         good = totals.isfinite().all() if masked else None
         momentum = renewed(state.momentum, gradients, part * (1 - self.momentum), good)
         # a direction kept from before would not have seen what was just absorbed
@@ -282,7 +282,7 @@ class Method:
         finite = descent.isfinite()
         masked = self._masked(device)
         if not masked:
-            self._raise_nonfinite(dict(zip(self.atoms, (pairs * sizes).tolist(), strict=True)))
+            check_finite(dict(zip(self.atoms, (pairs * sizes).tolist(), strict=True)))
 
         usable, smoothed, scale, weight = measured(torch.where(finite, descent, 0.0), state, self.smoothing)
         if self.momentum is not None:
@@ -293,7 +293,7 @@ class Method:
         # sizes or magnitudes near the ends of the number range can overflow on the way to a step
         finite = finite & best.t.isfinite()
         if not masked:
-            self._raise_unusable(best.t, evidence)
+            check_step(best.t, evidence)
         t = self.relaxation * best.t
         after = state._replace(
             eta=self.relaxation * best.eta,
@@ -319,7 +319,7 @@ class Method:
 
     def check(self, state: State) -> None:
         """Raise ``NonFiniteGradient`` if the update behind ``state`` met one. Waits for the device."""
-        self._raise_nonfinite(dict(zip(self.atoms, (state.descents * state.sizes).tolist(), strict=True)))
+        check_finite(dict(zip(self.atoms, (state.descents * state.sizes).tolist(), strict=True)))
 
     # -- parts of an update ----------------------------------------------------------------------------------------------
 
@@ -390,28 +390,6 @@ class Method:
             raise InvalidArgument(
                 "a certified update was asked for without evidence of R and the input magnitude. "
                 "Pass evidence=method.evidence(params, inputs, targets) of the same batch."
-            )
-
-    def _raise_nonfinite(self, values: Mapping[str, float]) -> None:
-        names = [name for name, value in values.items() if not abs(value) < float("inf")]
-        if names:
-            raise NonFiniteGradient(
-                f"the gradient of {', '.join(map(repr, names))} holds NaN or infinity, or overflows in its dtype (or its weight "
-                "does, where sizes are tracked); no weight was changed. Look for overflow in the loss or corrupt inputs, or pass "
-                "nonfinite='skip' to leave such batches out and count them."
-            )
-
-    def _raise_unusable(self, t: Scalar, evidence: Evidence | None) -> None:
-        told = torch.stack([wide(x.detach()) for x in evidence]) if evidence is not None else None
-        if evidence is not None and told is not None and not bool((told.isfinite() & (told >= 0)).all()):
-            raise InvalidArgument(
-                f"update was given R = {float(evidence.residual)} and an input magnitude of {float(evidence.magnitude)}, which must "
-                "be finite and ≥ 0. Pass evidence=method.evidence(params, inputs, targets) of the same batch."
-            )
-        if not bool(t.isfinite()):
-            raise InvalidArgument(
-                f"the step came out as {float(t)}; no weight was changed. Look for a size, a magnitude or a factor in the network "
-                "that is so small or so large that its square leaves the range of numbers."
             )
 
     def _spaces(self) -> tuple[Space, Space]:
@@ -493,5 +471,11 @@ class Method:
                 "orthogonality: the model's curvature is not correlated with the loss gradient (AGD paper, Assumption 1)"
             )
         if self.sizes == "prescribed":
-            bound = bound.assuming("prescribed sizes: weight norms stay at most at their declared values")
+            how = f"which decay sees to while steps are below {1 / self.decay:g} of a weight" if self.decay >= 1 else ""
+            what = "prescribed sizes: weight norms stay at most at their declared values"
+            bound = bound.assuming(", ".join(filter(None, (what, how))))
+        if self.relaxation != 1:
+            bound = bound.assuming(
+                f"relaxation: the loss bears steps of {self.relaxation:g} times the majorant's minimiser"
+            )
         return bound

@@ -108,3 +108,13 @@ def test_a_step_goes_the_stated_multiple_of_the_minimiser() -> None:
 def test_options_that_cannot_be_are_refused(options, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         agd(NET, SquareLoss(), **options)
+
+
+def test_the_certificate_names_what_both_rest_on() -> None:
+    def told(**options) -> str:
+        return " ".join(agd(NET, SquareLoss(), **options).certificate().assumptions)
+
+    assert "2 times the majorant's minimiser" in told()
+    assert "relaxation" not in told(momentum=None)
+    assert "decay sees to" in told(decay=1.0)
+    assert "decay" not in told(decay=0.5)

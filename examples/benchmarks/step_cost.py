@@ -26,7 +26,8 @@ def milliseconds(step, repeats):
 def state_numbers(optimizer):
     """Numbers held between steps."""
     if isinstance(optimizer, AGD):
-        return sum(value.numel() for value in tree_leaves(optimizer.state_dict()["agd"]))
+        held = optimizer.state_dict()
+        return sum(value.numel() for value in tree_leaves((held["agd"], held["average"])))
     return sum(v.numel() for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
 
 
@@ -47,17 +48,21 @@ def main():
         "Adam (foreach)": torch.optim.Adam(model.parameters(), lr=1e-9, foreach=True),
         "AGD, Frobenius, full batch": AGD(model, SquareLoss(), direction="frobenius", momentum=None),
         "AGD, as published": AGD(model, published(network, SquareLoss())),
-        "AGD, Frobenius, held-out": AGD(model, SquareLoss(), direction="frobenius"),
-        "AGD, spectral, held-out": AGD(model, SquareLoss()),
+        "AGD, Frobenius, held-out": AGD(model, SquareLoss(), direction="frobenius", averaging=False),
+        "AGD, Frobenius, held-out, averaging": AGD(model, SquareLoss(), direction="frobenius"),
+        "AGD, spectral, a direction every step": AGD(model, SquareLoss(), refresh=1, averaging=False),
+        "AGD, spectral, held-out (the default)": AGD(model, SquareLoss()),
     }
     times = {name: [] for name in optimizers}
     for index in range(options.rounds + 2):
         # interleaved, so that a noisy minute hits all alike; two rounds to warm up
         for name, optimizer in optimizers.items():
-            if name.startswith("AGD, spectral") and index % 5 != 2:
+            if "every step" in name and index % 5 != 2:
                 continue
-            measured = milliseconds(optimizer.step, 1)
-            times[name] += measured if index >= 2 else []
+            # a direction that serves eight steps is renewed at each of the first eight
+            repeats = 8 if "the default" in name else 1
+            measured = milliseconds(optimizer.step, repeats)
+            times[name] += [statistics.fmean(measured)] if index >= 2 else []
     adam = statistics.median(times["Adam (foreach)"])
     machine = f"{options.threads} threads, torch {torch.__version__}, {platform.machine()}"
     print(f"{options.depth} layers of {options.width}×{options.width}, {machine}\n")
