@@ -12,10 +12,10 @@ from modula_agd.run import Constants
 from modula_agd.space import finite
 
 MOMENTUM = 0.95
-"""β where nothing else is asked for, chosen by training losses of all tasks together (docs/benchmarks.md)."""
+"""β where nothing else is asked for: the first prototype's; 0.9 and 0.98 were behind where they were tried (docs/benchmarks.md)."""
 RELAXATION = 2.0
-"""Multiple of the majorant's minimiser that a held-out step goes, chosen likewise. Twice the minimiser is where a quadratic
-majorant is back at 0: the longest step that it does not predict to raise the loss."""
+"""Multiple of the majorant's minimiser that a held-out step goes, chosen by training losses of five tasks together. Twice the
+minimiser is where a quadratic majorant is back at 0: the longest step that it does not predict to raise the loss."""
 
 
 def agd(

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from modula_agd.error import InvalidArgument
 from modula_agd.polar import working_dtype
+from modula_agd.space import brief, positive
 
 POWER = 8.0
-"""ρ: about the last ninth of a run counts. Chosen once, by training losses of all tasks together (docs/benchmarks.md)."""
+"""ρ: about the last ninth of a run counts. The value of Ivgi et al. 2023 (arXiv:2302.12022); no other was tried."""
 
 
 def share(count: int) -> float:
@@ -24,7 +26,11 @@ def share(count: int) -> float:
 
     Args:
         count: n ≥ 1, steps made so far.
+
+    Raises:
+        InvalidArgument: there have been no steps.
     """
+    positive("the number of steps of an average", count)
     return (POWER + 1) / (count + POWER)
 
 
@@ -38,7 +44,16 @@ def averaged(average: Mapping[str, Tensor] | None, params: Mapping[str, Tensor],
 
     Returns:
         Tensors of each parameter's shape, half precision in float32; what is no floating-point number is taken as it is.
+
+    Raises:
+        InvalidArgument: the average is of other parameters.
     """
+    if average is not None:
+        shapes = [{name: tuple(x.shape) for name, x in tensors.items()} for tensors in (average, params)]
+        if shapes[0] != shapes[1]:
+            raise InvalidArgument(
+                f"an average of {brief(shapes[0])} was to go on with {brief(shapes[1])}. Start a new one: averaged(None, ...)."
+            )
     names = [name for name, value in params.items() if value.is_floating_point()]
     fresh = [params[name].detach().to(working_dtype(params[name].dtype)) for name in names]
     if average is None:

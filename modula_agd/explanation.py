@@ -2,14 +2,16 @@
 
 A step t lowers the loss by t·S, S = Σ_k m_k·ω_k·⟨g_k, u_k⟩, and the majorant takes back what the network's growth may do, of
 which the slope at 0 is the depth D = Σ_k m_k·d_k: d_k is how often a relative change of weight k arrives at the output. So a
-weight *gives* m_k·ω_k·⟨g_k, u_k⟩/S of the descent and *costs* m_k·d_k/D of the growth. The descent along directions made of past
+weight *gives* m_k·ω_k·⟨g_k, u_k⟩/Σ|…| of the descent and *costs* m_k·d_k/D of the growth. The descent along directions made of past
 gradients, divided by what those gradients themselves promise, ⟨m_k, u_k⟩, tells signal from noise: about 1 is all signal, about 0 all
 noise; being of one batch, it is as noisy as that batch.
 """
 
+import math
 from dataclasses import dataclass
 
 from modula_agd.bound import aligned
+from modula_agd.error import InvalidArgument
 from modula_agd.forecast import MEMORY
 from modula_agd.method import Method
 from modula_agd.state import State
@@ -29,9 +31,9 @@ class Share:
         dual: ‖m‖_dual of the momentum (of the gradient where there is none): the descent that past gradients promise.
         descent: ⟨g, u⟩, what the fresh gradient measures along the direction.
         signal: descent/dual; 1 is no noise. Without momentum the two are the same.
-        gives: share of the descent S; may be negative.
+        gives: share of the descent, negative where it raises the loss; their absolute values add up to 1.
         costs: share of the depth D.
-        moved: ‖ΔW‖/ω, the relative step of this weight.
+        moved: ‖ΔW‖/ω, the relative step of this weight, but for decay and a multiplier of the optimizer.
         held_back_by: what bounds it, in words.
     """
 
@@ -129,11 +131,21 @@ def explain(method: Method, state: State) -> Explanation:
     Args:
         method: that made it.
         state: as the update returned it.
+
+    Raises:
+        InvalidArgument: the state is another method's.
     """
+    if not isinstance(state, State) or state.descents.numel() != len(method.atoms):
+        what = f"{state.descents.numel()} parameters" if isinstance(state, State) else type(state).__name__
+        raise InvalidArgument(
+            f"explain was given the state of {what}, but its method has the parameters {', '.join(method.atoms)}. Pass the state that "
+            "this method's update returned."
+        )
     sensitivities = method.sensitivities(state)
     depth = sum(sensitivities.values()) or 1.0
     t, sizes, pairs = float(state.t), state.sizes.tolist(), state.descents.tolist()
-    total = sum(mass * size * pair for mass, size, pair in zip(method.masses.values(), sizes, pairs, strict=True))
+    total = sum(abs(mass * size * pair) for mass, size, pair in zip(method.masses.values(), sizes, pairs, strict=True))
+    made, finite = int(state.steps) > 0, math.isfinite(float(state.descent))
     shares = []
     for (name, mass), size, pair in zip(method.masses.items(), sizes, pairs, strict=True):
         held = state.momentum.get(name)
@@ -142,7 +154,10 @@ def explain(method: Method, state: State) -> Explanation:
         costs = sensitivities[name] / depth
         signal = pair / dual if dual else 0.0
         moved = mass * t if pair else 0.0
-        reason = _reason(mass, pair, signal, gives, costs, method.momentum is not None)
+        if made and finite:
+            reason = _reason(mass, pair, signal, gives, costs, method.momentum is not None)
+        else:
+            reason = "skipped: the gradient was not finite" if made else "no step was made yet"
         shares.append(Share(name, dual, pair, signal, gives, costs, moved, reason))
     told = float(state.told)
     predicted = float(state.predicted) / told if told else None

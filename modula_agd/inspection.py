@@ -53,6 +53,13 @@ def check_update(
             raise InvalidArgument(
                 f"update was given the state of another method: {odd}. Pass the state that init or the last update returned."
             )
+    check_gradients(atoms, grads, params)
+
+
+def check_gradients(
+    atoms: Mapping[str, Weighted], grads: Mapping[str, Tensor | None], params: Mapping[str, Tensor]
+) -> None:
+    """Raise ``InvalidArgument`` for a gradient that no step takes: of no parameter, of another shape, sparse, not floating."""
     for name, gradient in grads.items():
         if name not in atoms:
             raise InvalidArgument(
@@ -104,3 +111,21 @@ def check_step(t: Scalar, evidence: Evidence | None) -> None:
             f"the step came out as {float(t)}; no weight was changed. Look for a size, a magnitude or a factor in the network "
             "that is so small or so large that its square leaves the range of numbers."
         )
+
+
+def loss_told(value: object, state: State) -> Scalar | None:
+    """The loss that an update was told, as a 0-d tensor on the state's device; None where it was told none.
+
+    Raises:
+        InvalidArgument: it is no single real number.
+    """
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return torch.full_like(state.loss, value)
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and not value.is_meta:
+        return wide(value.detach()).reshape(()).to(state.loss.device)
+    what = f"a tensor of shape {tuple(value.shape)} and {value.dtype}" if isinstance(value, Tensor) else repr(value)
+    raise InvalidArgument(
+        f"an update was told the loss {what}. Pass value=loss, the mean loss of the batch as one number."
+    )

@@ -125,7 +125,7 @@ class Atom(Module, ABC):
             raise InvalidArgument(f"with_mass was given {mass!r}; a mass is a finite number ≥ 0")
         return replace(self, mass=self.mass * mass)
 
-    def with_masses(self, masses: Mapping[str, float], path: str = "") -> Self:
+    def massed(self, masses: Mapping[str, float], path: str = "") -> Self:
         return replace(self, mass=masses.get(join(path, self.parameter), self.mass))
 
 

@@ -26,7 +26,7 @@ from modula_agd.directions import directions, due, period
 from modula_agd.error import InvalidArgument, UnknownBound
 from modula_agd.forecast import forecast
 from modula_agd.held_out import measured, renewed
-from modula_agd.inspection import check_finite, check_parameters, check_step, check_update
+from modula_agd.inspection import check_finite, check_parameters, check_step, check_update, loss_told
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence, Majorant, Search
 from modula_agd.module import Module
@@ -187,7 +187,7 @@ class Method:
         params: Mapping[str, Tensor],
         evidence: Evidence | None = None,
         *,
-        value: Tensor | None = None,
+        value: Tensor | float | None = None,
         part: float = 1.0,
     ) -> tuple[dict[str, Tensor], State]:
         """One step: what to add to the parameters, and the new state. Pure.
@@ -209,6 +209,8 @@ class Method:
                 ``state.skipped`` (asking the device would be a wait), and ``check`` raises when called.
             InvalidArgument: a gradient fits no parameter, or evidence is missing.
         """
+        if not (finite_number(part) and 0 < part <= 1):
+            raise InvalidArgument(f"update was given part={part!r}, which must be above 0 and at most 1")
         move = self.decide(grads, state, params, evidence, value)
         updates = {}
         for name, direction in move.directions.items():
@@ -220,7 +222,7 @@ class Method:
             updates[name] = torch.where(move.finite, update, 0.0) if move.finite is not None else update
         momentum = state.momentum
         if self.momentum is not None:
-            momentum = renewed(momentum, move.gradients, part * (1 - self.momentum), move.finite)
+            momentum = renewed(momentum, move.gradients, self.share(state, part), move.finite)
         return updates, move.state._replace(momentum=momentum)
 
     def absorb(
@@ -250,14 +252,24 @@ class Method:
             raise InvalidArgument(f"absorb was given part={part!r}, which must lie between 0 and 1")
         self._check_arguments(grads, state, params, None, needs_evidence=False)
         gradients = self._gradients(grads)
-        totals = torch.stack([gradient.sum() for gradient in gradients.values()]) if gradients else torch.zeros(1)
-        masked = self._masked(totals.device)
-        if not masked and not bool(totals.isfinite().all()):
-            check_finite(dict(zip(gradients, totals.tolist(), strict=True)))
-        good = totals.isfinite().all() if masked else None
+        if not gradients:
+            return state
+        # the sum of the ends is infinite or NaN where one of them is, and nowhere else in double precision
+        ends = torch.stack([wide(gradient.amin()) + wide(gradient.amax()) for gradient in gradients.values()])
+        masked = self._masked(ends.device)
+        if not masked:
+            check_finite(dict(zip(gradients, ends.tolist(), strict=True)))
+        good = ends.isfinite().all() if masked else None
         momentum = renewed(state.momentum, gradients, part * (1 - self.momentum), good)
         # a direction kept from before would not have seen what was just absorbed
         return state._replace(momentum=momentum, directions={})
+
+    def share(self, state: State, part: float) -> float:
+        """What a fresh gradient of a part of the samples counts for in the momentum; at the first step parts count alike."""
+        if self.momentum is None:
+            return 1.0
+        first = part < 1 and int(state.clock) == 0
+        return part if first else part * (1 - self.momentum)
 
     def decide(
         self,
@@ -265,10 +277,11 @@ class Method:
         state: State,
         params: Mapping[str, Tensor],
         evidence: Evidence | None = None,
-        value: Tensor | None = None,
+        value: Tensor | float | None = None,
     ) -> Move:
         """What ``update`` does, before anything is multiplied out; its state still holds the old momentum."""
         self._check_arguments(grads, state, params, evidence)
+        told = loss_told(value, state)
         device = next(iter(params.values())).device
         zero = torch.zeros((), device=device, dtype=precise(device))
         gradients = self._gradients(grads)
@@ -290,11 +303,11 @@ class Method:
             reach = reach * (pairs != 0)
         majorant = self._majorant(usable.clamp(min=0.0), sizes, device, evidence)
         best = self.search.minimum(majorant)
-        # sizes or magnitudes near the ends of the number range can overflow on the way to a step
-        finite = finite & best.t.isfinite()
-        if not masked:
-            check_step(best.t, evidence)
         t = self.relaxation * best.t
+        # sizes or magnitudes near the ends of the number range can overflow on the way to a step, in the weights' precision too
+        finite = finite & t.float().isfinite()
+        if not masked:
+            check_step(t.float(), evidence)
         after = state._replace(
             eta=self.relaxation * best.eta,
             t=t,
@@ -311,10 +324,11 @@ class Method:
             weight=weight,
             clock=state.clock + 1,
             directions=kept,
-            **forecast(state, value),
+            **forecast(state, told),
         )
         amounts = dict(zip(self.atoms, (-t * reach).unbind(), strict=True))
-        shrink = {name: self.decay * self.masses[name] * t for name in directions} if self.decay else {}
+        # no weight passes through 0
+        shrink = {name: (self.decay * self.masses[name] * t).clamp(max=1.0) for name in directions if self.decay}
         return Move(directions, gradients, amounts, shrink, finite if masked else None, after)
 
     def check(self, state: State) -> None:

@@ -211,14 +211,26 @@ class Network(ABC):
         """
         return self.rebuilt(tuple(child.with_mass(mass) for _, child in self.children))
 
-    def with_masses(self, masses: Mapping[str, float], path: str = "") -> Self:
-        """The same module with the masses of some parameters, by name; the others keep their own.
+    def with_masses(self, masses: Mapping[str, float]) -> Self:
+        """The same module with these masses of some parameters, which replace their own.
 
         Args:
-            masses: dimensionless, ≥ 0, by name of the parameter; 0 freezes it.
-            path: of this module in the network whose parameters are named.
+            masses: dimensionless, ≥ 0, by name as ``init`` has it; 0 freezes a parameter.
+
+        Raises:
+            InvalidArgument: there is no parameter of a name, or a mass is none.
         """
-        return self.rebuilt(tuple(child.with_masses(masses, join(path, name)) for name, child in self.children))
+        names = self.weights()
+        unknown = sorted(map(str, set(masses) - set(names))) if isinstance(masses, Mapping) else [repr(masses)]
+        if unknown:
+            raise InvalidArgument(
+                f"with_masses was given {', '.join(unknown)}, but takes masses by the name of a parameter: {', '.join(names)}"
+            )
+        return self.massed(masses)
+
+    def massed(self, masses: Mapping[str, float], path: str = "") -> Self:
+        """``with_masses`` of a part of a network that lies at ``path``."""
+        return self.rebuilt(tuple(child.massed(masses, join(path, name)) for name, child in self.children))
 
     def to_torch(self, generator: torch.Generator | int = 0, **options: Any) -> TorchModule:
         """A ``torch.nn.Module`` with freshly drawn parameters of the same names; options as for ``init``."""

@@ -17,6 +17,7 @@ space             tensor                        norm per sample
 """
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def flag(what: str, value: bool) -> None:
 
 def finite(value: object) -> bool:
     """Whether ``value`` is a finite real number, and not a truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def per_dimension(what: str, value: Any, dims: int, least: int = 1) -> tuple[int, ...]:

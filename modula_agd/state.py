@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -81,6 +82,8 @@ def complaint(found: Mapping[str, object], like: State) -> str | None:
         if not isinstance(value, Tensor) or value.shape != here.shape:
             what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             return f"its {name} is {what}, where a tensor of shape {tuple(here.shape)} belongs"
+        if value.is_floating_point() != here.is_floating_point() or value.is_complex():
+            return f"its {name} is of {value.dtype}, where {here.dtype} belongs"
         # of the others, a skipped step may rightly have left NaN
         if name in _FINITE and not bool(value.isfinite()):
             return f"its {name} is {value.item()}"
@@ -103,4 +106,13 @@ def odd_tensors(what: str, tensors: object, shapes: Mapping[str, tuple[int, ...]
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if shape != shapes.get(name):
             return f"its {what} of {name!r} is {shape}, where the parameter has {shapes.get(name, 'no such name')}"
+        if value.layout != torch.strided or not value.is_floating_point() or value.is_meta:
+            kind = "without values" if value.is_meta else f"{value.layout} of {value.dtype}"
+            return f"its {what} of {name!r} is {kind}, where a dense floating-point tensor belongs"
     return None
+
+
+def not_finite(what: str, tensors: Mapping[str, Tensor]) -> str | None:
+    """Which of these tensors hold NaN or infinity, as a clause; None where none does. Waits for the device."""
+    bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+    return f"its {what} of {', '.join(map(repr, bad))} holds NaN or infinity" if bad else None

@@ -103,8 +103,8 @@ class Shared(Wrapper):
     def atoms(self, path: str = "") -> Iterator[tuple[str, Weighted]]:
         return self.inner.atoms(self.name)
 
-    def with_masses(self, masses: Mapping[str, float], path: str = "") -> Self:
-        return self.rebuilt((self.inner.with_masses(masses, self.name),))
+    def massed(self, masses: Mapping[str, float], path: str = "") -> Self:
+        return self.rebuilt((self.inner.massed(masses, self.name),))
 
     def buffers(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, path: str = ""

@@ -136,23 +136,118 @@ def test_accumulate_clears_the_gradient_and_a_step_forgets_the_micro_batches() -
     backward(model, 1)
     with pytest.raises(InvalidArgument, match=r"after every backward"):
         optimizer.step()
-    optimizer.accumulate()
-    optimizer.step()
+    optimizer.zero_grad()
     before = weights(model)
     optimizer.step()
     assert all(torch.equal(w, before[name]) for name, w in weights(model).items())
 
 
-def test_a_gradient_that_appears_half_way_is_refused() -> None:
+@pytest.mark.parametrize("lacking", [[0, 1], [2], [1]])
+def test_other_parameters_in_another_micro_batch_are_refused_and_nothing_is_lost(lacking: list[int]) -> None:
     model = NET.to_torch(0)
     optimizer = AGD(model, LOSS)
-    for seed in range(2):
+    refused = min(seed for seed in range(3) if (seed in lacking) != (0 in lacking))
+    for seed in range(refused + 1):
         backward(model, seed)
-        model.get_parameter("0.weight").grad = None
-        optimizer.accumulate()
-    backward(model, 2)
+        if seed in lacking:
+            model.get_parameter("0.weight").grad = None
+        if seed < refused:
+            optimizer.accumulate()
+    before, count = {n: p.grad for n, p in model.named_parameters()}, optimizer._count
     with pytest.raises(InvalidArgument, match=r"'0\.weight'"):
         optimizer.accumulate()
+    assert all(p.grad is before[n] for n, p in model.named_parameters())
+    assert optimizer._count == count
+    optimizer.discard()
+    optimizer.zero_grad()
+    backward(model, 0)
+    optimizer.step()
+
+
+def test_a_sparse_gradient_is_refused_at_once() -> None:
+    model = NET.to_torch(0)
+    optimizer = AGD(model, LOSS)
+    parameter = model.get_parameter("0.weight")
+    parameter.grad = torch.ones_like(parameter).to_sparse()
+    with pytest.raises(InvalidArgument, match="sparse"):
+        optimizer.accumulate()
+
+
+def test_a_users_own_gradient_tensor_is_left_alone() -> None:
+    model = NET.to_torch(0)
+    optimizer = AGD(model, LOSS)
+    backward(model, 0)
+    mine = model.get_parameter("0.weight").grad
+    assert mine is not None
+    before = mine.clone()
+    optimizer.accumulate()
+    for seed in range(1, 4):
+        backward(model, seed)
+        optimizer.accumulate()
+    assert torch.equal(mine, before)
+
+
+def test_many_half_precision_gradients_do_not_stand_still() -> None:
+    model = NET.to_torch(0, dtype=torch.bfloat16)
+    optimizer = AGD(model, LOSS)
+    for _ in range(600):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.accumulate()
+    assert optimizer._micro[0]["0.weight"].unique().tolist() == [300.0]
+    optimizer.step()
+    assert optimizer.current.momentum["0.weight"].unique().tolist() == [1.0]
+
+
+def test_the_halves_of_a_first_step_count_alike() -> None:
+    method = agd(NET, LOSS)
+    params = NET.init(0)
+    first, second = gradient(params, 0), gradient(params, 1)
+    _, after = method.update(second, method.absorb(first, method.init(params), params, 0.5), params, part=0.5)
+    for name, value in after.momentum.items():
+        torch.testing.assert_close(value, (first[name] + second[name]) / 2)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_where_bad_batches_are_skipped_one_micro_batch_leaves_the_whole_step_out(bad: int) -> None:
+    model = NET.to_torch(0)
+    optimizer = AGD(model, LOSS, nonfinite="skip")
+    backward(model, 9)
+    optimizer.step()
+    optimizer.zero_grad()
+    before = weights(model)
+    momentum = {name: value.clone() for name, value in optimizer.current.momentum.items()}
+    for seed in range(3):
+        backward(model, seed)
+        if seed == bad:
+            parameter = model.get_parameter("2.weight")
+            assert parameter.grad is not None
+            parameter.grad[0, 0] = torch.inf
+        optimizer.accumulate()
+    optimizer.step()
+    assert int(optimizer.current.skipped) == 1
+    assert all(torch.equal(w, before[name]) for name, w in weights(model).items())
+    assert all(torch.equal(m, momentum[name]) for name, m in optimizer.current.momentum.items())
+
+
+def test_accumulating_the_average_by_mistake_is_refused() -> None:
+    model = NET.to_torch(0)
+    optimizer = AGD(model, LOSS)
+    backward(model, 0)
+    with optimizer.averaged(), pytest.raises(InvalidArgument, match="inside averaged"):
+        optimizer.accumulate()
+
+
+def test_a_loaded_state_takes_no_pending_micro_batch_along() -> None:
+    model = NET.to_torch(0)
+    optimizer = AGD(model, LOSS)
+    saved = optimizer.state_dict()
+    backward(model, 0)
+    optimizer.accumulate()
+    optimizer.load_state_dict(saved)
+    before = weights(model)
+    optimizer.step()
+    assert all(torch.equal(w, before[name]) for name, w in weights(model).items())
 
 
 def test_a_bad_micro_batch_touches_no_weight() -> None:
@@ -169,6 +264,9 @@ def test_a_bad_micro_batch_touches_no_weight() -> None:
     with pytest.raises(NonFiniteGradient, match=r"2\.weight"):
         optimizer.step()
     assert all(torch.equal(w, before[name]) for name, w in weights(model).items())
+    # and the next step is free of it
+    backward(model, 2)
+    optimizer.step()
 
 
 @pytest.mark.parametrize("part", [0, 1, -0.5, float("nan"), "half"])

@@ -163,3 +163,75 @@ def test_the_average_lies_nearer_to_the_minimum_than_noisy_weights() -> None:
         distances.append(sum(float((model.state_dict()[n] - w).square().sum()) for n, w in truth.items()))
     mean = sum(float((optimizer.averaged_state()[n] - w).square().sum()) for n, w in truth.items())
     assert mean < 0.7 * sum(distances[-100:]) / 100
+
+
+def test_running_statistics_are_found_where_the_model_has_them_now() -> None:
+    model = ResNet8(Logits(3), 1, width=4).to_torch(0)
+    optimizer = AGD(model, CrossEntropy())
+    # a conversion replaces the model's buffers
+    model.double()
+    images, labels = torch.randn(8, 1, 8, 8, generator=seeded(0)).double(), torch.arange(8) % 3
+    for _ in range(2):
+        optimizer.zero_grad()
+        CrossEntropy()(model(images), labels).backward()
+        optimizer.step()
+    exported = optimizer.averaged_state()
+    assert all(len(exported[name].unique()) > 1 for name, _ in model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["average"].pop("0.weight"), "lacks"),
+        (lambda d: d["average"].update({"0.weight": torch.zeros(6, 4, dtype=torch.int64)}), "int64"),
+        (lambda d: d["average"].update({"0.weight": torch.zeros(6, 4).to_sparse()}), "sparse"),
+        (lambda d: d["average"].update({"0.weight": torch.zeros(6, 4, device="meta")}), "without values"),
+        (lambda d: d["average"].update({"0.weight": torch.full((6, 4), torch.nan)}), "NaN"),
+        (lambda d: d["agd"]["momentum"].update({"0.weight": torch.full((6, 4), torch.inf)}), "NaN or infinity"),
+        (lambda d: d["agd"]["momentum"].update({"0.weight": torch.zeros(6, 4, dtype=torch.int64)}), "int64"),
+        (lambda d: d["agd"].update({"smoothed": torch.tensor(1j)}), "complex"),
+        (lambda d: d["agd"].update({"clock": torch.tensor(1.5)}), "float32"),
+        (lambda d: d.update({"agd": None}), "no state of AGD"),
+        (lambda d: d.update({"param_groups": None}), "parameter groups"),
+        (lambda d: d["param_groups"][0].pop("lr"), "lr"),
+        (lambda d: d["param_groups"].append(dict(d["param_groups"][0])), "parameter groups"),
+        (lambda d: d.pop("average"), "older version"),
+    ],
+)
+def test_a_state_that_cannot_be_is_refused_whole(change, message: str) -> None:
+    model = NET.to_torch(0)
+    optimizer = AGD(model, CrossEntropy())
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    change(saved)
+    before = optimizer.current
+    with pytest.raises(InvalidArgument, match=message):
+        optimizer.load_state_dict(saved)
+    assert optimizer.current is before
+    train(model, optimizer, 1)
+
+
+def test_no_copy_is_made_of_an_optimizer_that_lends_its_average() -> None:
+    model = NET.to_torch(0)
+    optimizer = AGD(model, CrossEntropy())
+    train(model, optimizer, 2)
+    with optimizer.averaged():
+        with pytest.raises(InvalidArgument, match="inside averaged"):
+            copy.deepcopy(optimizer)
+        with pytest.raises(InvalidArgument, match="inside averaged"):
+            optimizer.load_state_dict({})
+    again, model_again = copy.deepcopy((optimizer, model))
+    train(model_again, again, 1)
+    train(model, optimizer, 1)
+    assert all(torch.equal(w, model_again.state_dict()[name]) for name, w in model.state_dict().items())
+
+
+def test_an_average_of_other_parameters_is_refused() -> None:
+    mean = averaged(None, {"w": torch.zeros(2)}, 1)
+    for params in ({"v": torch.zeros(2)}, {"w": torch.zeros(3)}):
+        with pytest.raises(InvalidArgument, match="Start a new one"):
+            averaged(mean, params, 2)
+    with pytest.raises(InvalidArgument, match="number of steps"):
+        averaged(mean, {"w": torch.zeros(2)}, 0)
+    with pytest.raises(InvalidArgument, match="averaging"):
+        AGD(NET.to_torch(0), CrossEntropy(), averaging="no")

@@ -118,3 +118,45 @@ def test_the_certificate_names_what_both_rest_on() -> None:
     assert "relaxation" not in told(momentum=None)
     assert "decay sees to" in told(decay=1.0)
     assert "decay" not in told(decay=0.5)
+
+
+@pytest.mark.parametrize("multiplier", [1e3, 1e6])
+def test_no_decay_carries_a_weight_through_zero(multiplier: float) -> None:
+    model = NET.to_torch(0)
+    optimizer = AGD(model, SquareLoss(), decay=1.0)
+    optimizer.param_groups[0]["lr"] = multiplier
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad[0, 0] = 1.0
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert parameter.isfinite().all()
+        # where the direction is next to nothing, nothing but a share of the weight can be left
+        far = parameter.detach()[1:, 1:].sign() * before[name][1:, 1:].sign()
+        assert (far >= 0).all()
+
+
+def test_a_multiplier_that_takes_a_step_to_infinity_is_refused() -> None:
+    model = NET.to_torch(0)
+    optimizer = AGD(model, SquareLoss())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for multiplier in (1e308 * 10, 10**400):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.param_groups[0]["lr"] = multiplier
+        with pytest.raises(InvalidArgument, match="multiplier"):
+            optimizer.step()
+    assert all(torch.equal(p.detach(), before[name]) for name, p in model.named_parameters())
+    with pytest.raises(InvalidArgument):
+        agd(NET, SquareLoss(), relaxation=1e300).update(
+            {name: torch.ones_like(w) for name, w in before.items()}, agd(NET, SquareLoss()).init(before), before
+        )
+
+
+@pytest.mark.parametrize("part", [0.0, 1.5, float("nan"), "h"])
+def test_a_part_of_an_update_that_cannot_be_is_refused(part) -> None:
+    method = agd(NET, SquareLoss())
+    params = NET.init(0)
+    with pytest.raises(InvalidArgument, match="part"):
+        method.update({}, method.init(params), params, part=part)

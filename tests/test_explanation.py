@@ -13,6 +13,7 @@ from modula_agd import (
     ClosedForm,
     CrossEntropy,
     Identity,
+    InvalidArgument,
     Linear,
     Logits,
     Method,
@@ -49,7 +50,7 @@ def test_shares_of_descent_and_of_growth_each_add_up_to_the_whole(sizes) -> None
     method = agd(NET, SquareLoss(), sizes=sizes)
     _, state = run(method, 4)
     told = explain(method, state)
-    assert sum(share.gives for share in told.shares) == pytest.approx(1)
+    assert sum(abs(share.gives) for share in told.shares) == pytest.approx(1)
     assert sum(share.costs for share in told.shares) == pytest.approx(1)
     assert sum(method.sensitivities(state).values()) == pytest.approx(float(state.depth))
     assert [share.name for share in told.shares] == list(NET.weights())
@@ -202,4 +203,43 @@ def test_a_step_before_any_update_can_be_explained() -> None:
     method = agd(NET, SquareLoss(), search=ClosedForm())
     told = explain(method, method.init(NET.init(0)))
     assert told.eta == 0
-    assert all(share.gives == 0 for share in told.shares)
+    assert all((share.gives, share.held_back_by) == (0, "no step was made yet") for share in told.shares)
+    with pytest.raises(InvalidArgument, match="parameters"):
+        explain(method, agd(Linear(3, 4), SquareLoss()).init(Linear(3, 4).init(0)))
+    with pytest.raises(InvalidArgument, match="NoneType"):
+        explain(method, None)
+
+
+def test_a_skipped_step_is_said_to_be_one() -> None:
+    method = agd(NET, SquareLoss(), nonfinite="skip")
+    params = NET.init(0)
+    bad = {name: torch.full_like(weight, torch.nan) for name, weight in params.items()}
+    _, state = method.update(bad, method.init(params), params)
+    assert all(share.held_back_by.startswith("skipped") for share in explain(method, state).shares)
+
+
+@pytest.mark.parametrize("value", ["x", torch.ones(2), torch.tensor(1j), True, [1.0]])
+def test_a_loss_that_is_no_number_is_refused_before_anything_moves(value) -> None:
+    model = MLP(Logits(3), 8, 4, 2).to_torch(0)
+    optimizer = AGD(model, CrossEntropy())
+    CrossEntropy()(model(torch.randn(16, 4)), torch.randint(3, (16,))).backward()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(InvalidArgument, match="value=loss"):
+        optimizer.step(value=value)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_python_number_is_a_loss_too() -> None:
+    method = agd(NET, SquareLoss())
+    params = NET.init(0)
+    grads = {name: torch.ones_like(weight) for name, weight in params.items()}
+    _, state = method.update(grads, method.init(params), params, value=1.5)
+    assert float(state.loss) == 1.5
+    _, state = method.update(grads, state, params, value=torch.tensor([1.25]))
+    assert state.loss.shape == ()
+
+
+def test_a_mass_of_no_parameter_is_refused() -> None:
+    for masses in ({"nope": 1.0}, None, [1.0]):
+        with pytest.raises(InvalidArgument, match="by the name of a parameter"):
+            NET.with_masses(masses)
