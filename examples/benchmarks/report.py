@@ -113,9 +113,16 @@ def grid(runs: Runs, task: str, scale: float) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def budgets(runs: Runs) -> list[tuple[str, float]]:
-    """Tasks and scales of the study proper, in order of appearance."""
-    return list(dict.fromkeys((r["cell"]["task"], r["cell"]["scale"]) for r in runs if plain(r["cell"])))
+def budgets(runs: Runs, least: int = 2) -> list[tuple[str, float]]:
+    """Tasks and scales of the study proper, in order of appearance, on which this library and others ran.
+
+    Args:
+        runs: all of them.
+        least: number of methods that there must be.
+    """
+    found = dict.fromkeys((r["cell"]["task"], r["cell"]["scale"]) for r in runs if plain(r["cell"]))
+    names = {key: [rows[0]["cell"]["peer"] for rows in methods(runs, *key).values()] for key in found}
+    return [key for key in found if OURS in names[key] and len(names[key]) >= least]
 
 
 def draw_curves(runs: Runs, out: Path) -> None:
@@ -144,7 +151,7 @@ def draw_curves(runs: Runs, out: Path) -> None:
 
 def draw_profile(runs: Runs, out: Path) -> None:
     """For each method the share of tasks on which its figure is within a factor τ of the best (Dolan & Moré 2002)."""
-    chosen = budgets(runs)
+    chosen = budgets(runs, least=6)
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, key in zip(panels, ("end_loss", "val_loss"), strict=True):
@@ -191,20 +198,22 @@ def draw_sensitivity(runs: Runs, out: Path) -> None:
 
 def ablations(runs: Runs) -> str:
     """Cells of this library with other options, sizes and multipliers."""
-    head = ["task", "budget", "what differs", "seed", *HEADERS, "step, ms", "in all, ms"]
+    head = ["task", "budget", "what differs from the default", *HEADERS, "step, ms", "in all, ms"]
     lines = [head, ["---"] * len(head)]
+    studied = budgets(runs)
     for row in runs:
         cell = row["cell"]
-        if cell["peer"] != OURS:
+        if cell["peer"] != OURS or (plain(cell) and (cell["task"], cell["scale"]) in studied):
             continue
         different = [f"{k} {v}" for k, v in cell["options"].items()]
         different += [f"{k} {cell[k]}" for k in ("batch",) if cell[k]]
         different += [f"{k} ×{cell[k]}" for k in ("width", "depth") if cell[k] != 1]
+        different += [f"seed {cell['seed']}"] if cell["seed"] else []
         different += [f"multiplier {cell['lr']:g}"] if cell["lr"] else []
         what = ", ".join(different) or "nothing (the default)"
         times = [f"{row['outcome'][key]:.1f}" for key in ("step_ms", "total_ms")]
         figures = [shown([row], figure) for figure in FIGURES]
-        lines.append([cell["task"], f"×{cell['scale']:g}", what, str(cell["seed"]), *figures, *times])
+        lines.append([cell["task"], f"×{cell['scale']:g}", what, *figures, *times])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -214,7 +223,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/figures"))
     options = parser.parse_args()
     lines = [line for path in options.runs for line in path.read_text(encoding="utf-8").splitlines() if line]
-    runs = [json.loads(line) for line in lines]
+    # a run that two files hold is one run
+    runs = list({json.dumps(row["cell"]): row for row in map(json.loads, lines)}.values())
     options.out.mkdir(parents=True, exist_ok=True)
     for task, scale in budgets(runs):
         print(f"### {task}, ×{scale:g} of its budget\n\n{table(runs, task, scale)}\n\n{grid(runs, task, scale)}\n")
