@@ -13,9 +13,6 @@ from modula_agd.space import finite
 
 MOMENTUM = 0.95
 """β where nothing else is asked for: the first prototype's; 0.9 and 0.98 were behind where they were tried (docs/benchmarks.md)."""
-RELAXATION = 2.0
-"""Multiple of the majorant's minimiser that a held-out step goes, chosen by training losses of five tasks together. Twice the
-minimiser is where a quadratic majorant is back at 0: the longest step that it does not predict to raise the loss."""
 
 
 def agd(
@@ -32,7 +29,7 @@ def agd(
     smoothing: float | Literal["auto"] = "auto",
     refresh: int | Literal["auto"] = "auto",
     decay: float = 0.0,
-    relaxation: float | Literal["auto"] = "auto",
+    relaxation: float = 1.0,
     precision: Literal["auto", "full", "half"] = "auto",
 ) -> Method:
     """A method without a learning rate, derived from what the network and the loss declare.
@@ -55,8 +52,8 @@ def agd(
             buffer of the weight's size. "auto" is 1 on an accelerator and for short sides below 128, and up to 8 on a CPU.
         decay: λ ≥ 0, relative weight decay: a weight of norm ω loses λ·m·t of itself while it moves by m·t·ω, so that its norm
             tends to at most size/λ. Counted in the growth, which the step is then shorter by.
-        relaxation: multiple > 0 of the majorant's minimiser that a step goes. "auto" is 2 with momentum, as typical changes of
-            layers do not line up as the majorant has them (assumed), and 1 without.
+        relaxation: multiple > 0 of the majorant's minimiser that a step goes. Above 1 it is assumed, not derived, that the loss bears
+            it: 2 trains shallow networks and transformers faster, and breaks deep plain ones (docs/benchmarks.md).
         precision: in which polar factors are iterated: "half" is bfloat16, whatever the weights; "full" float32, or float64 of
             such weights. "auto" is half on CUDA, but for float64, and full elsewhere.
 
@@ -120,14 +117,13 @@ def agd(
             "a certified search was combined with decay, which raises the loss where it pulls against the gradient. "
             "Leave decay out."
         )
-    if relaxation != "auto" and not (finite(relaxation) and relaxation > 0):
+    if not (finite(relaxation) and relaxation > 0):
         raise InvalidArgument(f"agd was given relaxation={relaxation!r}, which must be a finite number > 0")
-    if relaxation not in ("auto", 1) and search.needs_evidence:
+    if relaxation != 1 and search.needs_evidence:
         raise InvalidArgument(
             "a certified search was combined with relaxation, but certifies the minimiser of its majorant alone. "
             "Leave relaxation out."
         )
-    beyond = (1.0 if momentum is None else RELAXATION) if relaxation == "auto" else float(relaxation)
     mean = momentum if smoothing == "auto" else smoothing
     period = None if refresh == "auto" else refresh
     method = Method(
@@ -143,7 +139,7 @@ def agd(
         mean,
         period,
         float(decay),
-        beyond,
+        float(relaxation),
         precision,
     )
     method._conversion()

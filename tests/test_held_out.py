@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from modula_agd import (
     AGD,
     METHODS,
+    MLP,
     Certified,
     CrossEntropy,
     Embedding,
@@ -26,8 +27,8 @@ from modula_agd import (
     agd,
     residual,
 )
-from modula_agd.agd import RELAXATION
 from modula_agd.held_out import OUTLIER
+from modula_agd.train import task
 
 NET = Linear(3, 6) @ Tanh() @ Linear(6, 4)
 BETA = 0.8
@@ -72,7 +73,7 @@ def test_thirty_steps_equal_a_slow_reference() -> None:
         majorant = method._majorant(
             torch.tensor(max(smoothed, 0.0), dtype=torch.float64), plan.sizes, torch.device("cpu"), None
         )
-        t = RELAXATION * ExactGrowth().minimum(majorant).t
+        t = ExactGrowth().minimum(majorant).t
         past.append(grads)
         params = {name: weight - t * directions[name] for name, weight in params.items()}
 
@@ -270,3 +271,20 @@ def test_the_optimizer_keeps_and_restores_the_momentum_bit_for_bit() -> None:
 def test_the_named_method_is_the_rule_with_its_defaults() -> None:
     method = METHODS["held-out"](NET, SquareLoss())
     assert (method.momentum, method.direction, method.sizes) == (0.95, "spectral", "prescribed")
+
+
+@pytest.mark.parametrize("depth", [6, 12])
+def test_deep_plain_networks_train_on_minibatches(depth: int) -> None:
+    """Twice the minimiser broke these, which shallow networks did not show."""
+    source = task("digits", flat=True)
+    net = MLP(Logits(10), 64, 64, depth)
+    method, params = agd(net, CrossEntropy()), net.init(0)
+    state, values = method.init(params), []
+    gradient = torch.func.grad_and_value(method.objective)
+    for _, (inputs, labels) in zip(range(200), source.batches(64, 0), strict=False):
+        grads, value = gradient(params, inputs, labels)
+        updates, state = method.update(grads, state, params)
+        params = {name: weight + updates[name] for name, weight in params.items()}
+        values.append(float(value))
+    assert sum(values[-20:]) / 20 < 0.3
+    assert max(values) < 2 * values[0]

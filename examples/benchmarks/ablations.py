@@ -14,13 +14,13 @@ from study import Bench, Cell, Store
 from tasks import TASKS
 
 OPTIONS = {
-    "naive": {"momentum": None, "relaxation": 1.0},
+    "naive": {"momentum": None},
     "frobenius": {"direction": "frobenius"},
     "momentum 0.8": {"momentum": 0.8},
     "momentum 0.9": {"momentum": 0.9},
     "momentum 0.98": {"momentum": 0.98},
     "smoothing 0.99": {"smoothing": 0.99},
-    "relaxation 1": {"relaxation": 1.0},
+    "relaxation 2": {"relaxation": 2.0},
     "refresh 1": {"refresh": 1},
     "refresh 8": {"refresh": 8},
     "decay 0.1": {"decay": 0.1},
