@@ -53,7 +53,7 @@ def agd(
         decay: λ ≥ 0, relative weight decay: a weight of norm ω loses λ·m·t of itself while it moves by m·t·ω, so that its norm
             tends to at most size/λ. Counted in the growth, which the step is then shorter by.
         relaxation: multiple > 0 of the majorant's minimiser that a step goes. Above 1 it is assumed, not derived, that the loss bears
-            it: 2 trains shallow networks and transformers faster, and breaks deep plain ones (docs/benchmarks.md).
+            it: 2 trains the networks of the study faster, and some deep plain ones not at all (docs/benchmarks.md).
         precision: in which polar factors are iterated: "half" is bfloat16, whatever the weights; "full" float32, or float64 of
             such weights. "auto" is half on CUDA, but for float64, and full elsewhere.
 

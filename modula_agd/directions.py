@@ -15,7 +15,7 @@ from modula_agd.norm import Direction, Norm
 from modula_agd.polar import polar_of_each
 
 SIDE = 64
-"""Short side of a matrix up to which a CPU takes its polar factor at every step."""
+"""Short side of a matrix for each step of its period on a CPU; below twice this, each step has a direction of its own."""
 LONGEST = 8
 """The longest period that "auto" chooses: less than half of the 20 steps over which momentum 0.95 averages."""
 

@@ -15,6 +15,7 @@ from modula_agd.error import InvalidArgument
 from modula_agd.forecast import MEMORY
 from modula_agd.method import Method
 from modula_agd.state import State
+from modula_agd.summary import columns
 
 NOISE = 0.1
 """Share of signal below which noise is said to hold a weight back."""
@@ -103,12 +104,6 @@ class Explanation:
             )
             for x in self.shares
         ]
-        widths = [max(len(line[column]) for line in (header, *body)) for column in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in (header, *body)
-        ]
-        rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
         facts = [
             ("η", f"{self.eta:.4g}"),
             (
@@ -122,7 +117,8 @@ class Explanation:
             facts.append(("predicted, mean", f"{self.predicted:.4g} per step"))
             facts.append(("realised, mean", f"{self.realised:.4g} ± {self.error:.2g} per step"))
         facts.append(("majorant", self.verdict))
-        return "\n".join([lines[0], rule, *lines[1:], rule, aligned(facts)])
+        table = columns(header, body)
+        return "\n".join([*table, table[1], aligned(facts)])
 
 
 def explain(method: Method, state: State) -> Explanation:

@@ -351,10 +351,10 @@ class Method:
     ) -> tuple[dict[str, Direction], dict[str, Tensor]]:
         """u of each parameter, and those that shall serve further steps."""
         periods = self._plan(device).periods
-        names = list(self.atoms)
+        places = {name: index for index, name in enumerate(self.atoms)}
         lasting = {name for name in gradients if periods[name] > 1 and self.momentum is not None}
         clock = int(state.clock) if lasting else 0
-        old = {name for name in lasting & state.directions.keys() if not due(clock, names.index(name), periods[name])}
+        old = {name for name in lasting & state.directions.keys() if not due(clock, places[name], periods[name])}
         sources = {name: state.momentum.get(name, gradients[name]) for name in gradients if name not in old}
         fresh = directions(self.norms, sources, half=self._half(sources, device))
         kept = {name: fresh[name].dense() for name in fresh if name in lasting} | {n: state.directions[n] for n in old}

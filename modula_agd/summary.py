@@ -41,12 +41,7 @@ def summary(rows: Sequence[Row], bound: Bound, proved: Bound | None) -> str:
         )
         for r in rows
     ]
-    widths = [max(len(line[column]) for line in (header, *body)) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in (header, *body)
-    ]
-    lines.insert(1, "─" * (sum(widths) + 2 * (len(widths) - 1)))
+    table = columns(header, body)
     if proved is None or proved.error is None:
         order = "not bounded: certified steps are unavailable"
     elif bound.error is None:
@@ -55,4 +50,15 @@ def summary(rows: Sequence[Row], bound: Bound, proved: Bound | None) -> str:
         order = "bounded"
     facts = bound.facts()
     facts.insert(3, ("second order", order))
-    return "\n".join([*lines, lines[1], aligned(facts)])
+    return "\n".join([*table, table[1], aligned(facts)])
+
+
+def columns(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table for people: the header, a rule, and the rows, in columns as wide as they need."""
+    widths = [max(len(line[column]) for line in (header, *body)) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (header, *body)
+    ]
+    lines.insert(1, "─" * (sum(widths) + 2 * (len(widths) - 1)))
+    return lines

@@ -288,3 +288,17 @@ def test_deep_plain_networks_train_on_minibatches(depth: int) -> None:
         values.append(float(value))
     assert sum(values[-20:]) / 20 < 0.3
     assert max(values) < 2 * values[0]
+
+
+def test_clipped_gradients_shorten_the_step_and_leave_the_direction() -> None:
+    """What the guide says of clipping: a gradient scaled by c makes a step about c times as long."""
+    method = agd(NET, SquareLoss())
+    params = NET.init(0, dtype=torch.float64)
+    grads = gradients(method, params, *batch(0))
+    whole, state = method.update(grads, method.init(params), params)
+    for c in (0.5, 0.1):
+        clipped = {name: c * value for name, value in grads.items()}
+        updates, after = method.update(clipped, method.init(params), params)
+        assert float(after.t / state.t) == pytest.approx(c, rel=0.5)
+        for name, update in updates.items():
+            torch.testing.assert_close(update / after.t, whole[name] / state.t)
