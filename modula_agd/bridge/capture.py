@@ -71,7 +71,8 @@ def chosen(outputs: Any, choose: str | int | Callable[[Any], Tensor] | None, mod
         found = choose(outputs)
     elif choose is not None:
         keyed = isinstance(outputs, Mapping | tuple | list) and not hasattr(outputs, str(choose))
-        found = outputs[choose] if keyed else getattr(outputs, str(choose), None)
+        there = not keyed or (choose in outputs if isinstance(outputs, Mapping) else choose in range(len(outputs)))
+        found = getattr(outputs, str(choose), None) if not keyed else outputs[choose] if there else None
     elif not isinstance(outputs, Tensor):
         attributes = [getattr(outputs, name, None) for name in NAMES]
         keys = [outputs.get(name) for name in NAMES] if isinstance(outputs, Mapping) else []

@@ -24,8 +24,9 @@ from modula_agd.run import Step
 ASSUMPTION = "activations as large as on the example; a perturbation passes as its activation does (mean field)"
 MOST = 16.0
 """Largest κ: an activation counts for at least 1/16 of what its weight could make of the input, even where it starts at 0."""
-LEAST = 1.0
-"""Least magnitude that outputs count with: near 0, where many models start, a step that only doubled them would look harmless."""
+LEAST = {True: 0.3, False: 1.0}
+"""Least magnitude that outputs count with, scores of classes or others: near 0, where many models start, a step that only doubled
+them would look harmless. Chosen once, by training losses after 100 steps (docs/models.md)."""
 TINY = 1e-30
 
 
@@ -193,4 +194,4 @@ def propagate(flow: Flow, rule_of: Callable[[fx.Node], Rule], unmoved: frozenset
         end = end[0]
     if not isinstance(end, Bound):
         raise UnknownBound("no parameter that requires a gradient reaches the output; there is nothing to train")
-    return replace(end, magnitude=larger(end.magnitude, LEAST)).assuming(ASSUMPTION, Grade.ASSUMED)
+    return replace(end, magnitude=larger(end.magnitude, LEAST[bool(flow.scores)])).assuming(ASSUMPTION, Grade.ASSUMED)

@@ -26,8 +26,6 @@ RECALL = 0.5
 """Assumed share of a perturbed recurrent state that is left one step later: forget gates about a half."""
 LOW = 1e-3
 """Least magnitude of a result that relative changes are reckoned by."""
-SLOPE = 0.5
-"""Assumed slope of a gated cell's output in its pre-activations: four gates of slope 1/4, each times half a unit."""
 
 
 def _passed(call: Call) -> Any:
@@ -165,7 +163,10 @@ def _log(call: Call) -> Bound:
 
 
 def _recurrent(call: Call) -> Any:
-    """h_t = cell(W_x·x_t + W_h·h_{t−1} + b), weights tied over time: what moves one state moves the next by RECALL of it."""
+    """h_t = cell(W_x·x_t + W_h·h_{t−1} + b), weights tied over time.
+
+    What moves the pre-activations by a share moves a state by that share, the next one by RECALL of it, and so on: 1/(1 − RECALL).
+    """
     x = call.bound(call.argument(0))
     fused, biased, layers = call.argument(2), bool(call.argument(3)), int(call.argument(4))
     both = 2 if call.argument(7) else 1
@@ -184,8 +185,7 @@ def _cell(call: Call, x: Bound, weights: Any, state: float, biased: bool) -> Bou
     pushed = algebra.product(x, into, 1.0)
     turned = algebra.product(source(state), across, 1.0)
     total = algebra.total([pushed, turned, *(biases if biased else [])])
-    memory = 1 / (1 - RECALL)
-    return replace(stretched(total, SLOPE * memory * total.magnitude / state), magnitude=state)
+    return replace(stretched(total, 1 / (1 - RECALL)), magnitude=state)
 
 
 def _plain(node: Any) -> Any:

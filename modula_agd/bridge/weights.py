@@ -27,11 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from modula_agd import convolution
 from modula_agd.bridge.capture import Captured
-from modula_agd.bridge.operators import HOMOGENEOUS, PARTS, VIEWS, operator_name
+from modula_agd.bridge.operators import PARTS, VIEWS, operator_name
 from modula_agd.norm import RMS, Norm, RowBlocks, RowNorm, Sign, Spectral, Transposed, drawing_dtype
 
 SHARE = 0.1
@@ -296,21 +295,16 @@ def fused_parts(node: fx.Node, features: int) -> int:
     shape = tuple(node.meta["val"].shape)
     if shape[-1] != features or any(not isinstance(side, int) for side in shape):
         return 1
-    numbers = {node: torch.arange(features).expand(shape)}
+    numbers: dict[fx.Node, Any] = {node: torch.arange(features).expand(shape)}
     ends = []
     for later in node.graph.nodes:
-        if later.op != "call_function" or not later.args or later.args[0] not in numbers:
+        reached = [argument for argument in later.all_input_nodes if argument in numbers]
+        if not reached or later.op != "call_function":
             continue
-        name = operator_name(later)
-        if name in VIEWS | PARTS:
-            tail = [numbers[later.args[0]], *later.args[1:]]
-            if any(isinstance(part, fx.Node) for part in tree_leaves(tail)):
-                return 1
-            numbers[later] = later.target(*tail, **later.kwargs)  # pyright: ignore
-        elif name in HOMOGENEOUS or later.args[0] is not node:
-            ends.append(numbers[later.args[0]])
+        if operator_name(later) in VIEWS | PARTS and reached == later.all_input_nodes == [later.args[0]]:
+            numbers[later] = later.target(numbers[reached[0]], *later.args[1:], **later.kwargs)  # pyright: ignore
         else:
-            return 1
+            ends += [numbers[argument] for argument in reached]
     runs = {tuple(end.unique().tolist()) for end in ends if isinstance(end, Tensor)}
     sizes = {len(run) for run in runs}
     disjoint = sorted(number for run in runs for number in run) == list(range(features))
