@@ -70,7 +70,8 @@ def agd(
     if not isinstance(network, Network) or not isinstance(loss, Loss):
         raise SpaceMismatch(
             f"agd(network, loss) takes a modula_agd network and a modula_agd loss, but got {type(network).__name__} and "
-            f"{type(loss).__name__}. Build the network from modules such as Linear, or from_torch(model, example), the loss as CrossEntropy()."
+            f"{type(loss).__name__}. Build the network from modules such as Linear or by from_torch(model, example), the loss as "
+            "CrossEntropy()."
         )
     wanted = ("tracked", "proved") if search.needs_evidence else ("prescribed", "typical")
     sizes, constants = sizes or wanted[0], constants or wanted[1]

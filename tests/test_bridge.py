@@ -78,9 +78,7 @@ def trained(task: Any, network: Bridged, steps: int) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
-)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
 def test_a_model_that_nobody_here_wrote(name: str, data) -> None:
     task = task_of(name, data)
     inputs, _ = first_batch(task)
@@ -262,9 +260,7 @@ def test_objective_and_initial_weights_as_of_any_network() -> None:
     assert params.keys() == network.weights().keys()
     method = agd(network, CrossEntropy())
     assert network.codomain == Logits(3)
-    grads, value = torch.func.grad_and_value(method.objective)(
-        params, torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
-    )
+    grads, value = torch.func.grad_and_value(method.objective)(params, torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))
     updates, _ = method.update(grads, method.init(params), params)
     assert float(value) > 0
     assert updates.keys() == params.keys()
@@ -322,7 +318,8 @@ def test_a_rule_can_be_declared() -> None:
         from_torch(Strange(), torch.randn(8, 8))
     finally:
         undeclare(torch.ops.aten.special_bessel_j1)
-    assert seen and set(seen) == {"special_bessel_j1"}
+    assert seen
+    assert set(seen) == {"special_bessel_j1"}
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,9 @@ def row(name: str, data: models.Data, steps: int) -> Row:
 
 def page(rows: list[Row], steps: int, data: str, command: str) -> str:
     machine = f"{platform.machine()}, {torch.get_num_threads()} thread of a CPU"
-    lines = [HEAD.format(command=command, day=date.today(), machine=machine, torch=torch.__version__, steps=steps, data=data)]
+    lines = [
+        HEAD.format(command=command, day=date.today(), machine=machine, torch=torch.__version__, steps=steps, data=data)
+    ]
     lines += ["| model | from | parameters | D | realised/bound | first loss | last loss | AdamW's last | s per step |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for r in rows:
@@ -136,7 +138,16 @@ def page(rows: list[Row], steps: int, data: str, command: str) -> str:
         lines.append(f"| {what} | {source} | {r.parameters:,} | {numbers} |")
     lines += ["", "## What each parameter is", ""]
     for r in rows:
-        lines += [f"<details><summary>{models.SOURCES[r.name][2]}</summary>", "", "```", r.table, "```", "", "</details>", ""]
+        lines += [
+            f"<details><summary>{models.SOURCES[r.name][2]}</summary>",
+            "",
+            "```",
+            r.table,
+            "```",
+            "",
+            "</details>",
+            "",
+        ]
     return "\n".join(lines)
 
 

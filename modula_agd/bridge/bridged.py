@@ -58,7 +58,11 @@ class Bridged(Network):
         """Filled by the first bound, which is that of the example and of the declared sizes."""
         found: dict[Any, float] = {}
         step = Step()
-        propagate(Flow(self.captured, self.declarations, self.ratios, self._leaves, self._scores, step, found), rule_of, UNMOVED)
+        propagate(
+            Flow(self.captured, self.declarations, self.ratios, self._leaves, self._scores, step, found),
+            rule_of,
+            UNMOVED,
+        )
         return found
 
     @cached_property
@@ -71,7 +75,9 @@ class Bridged(Network):
 
     def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Tensor:
         args, kwargs = arguments(x)
-        kept = {name: value.detach().clone() for name, value in {**dict(self.model.named_buffers()), **run.buffers}.items()}
+        kept = {
+            name: value.detach().clone() for name, value in {**dict(self.model.named_buffers()), **run.buffers}.items()
+        }
         modes = {module: module.training for module in self.model.modules()}
         if self.model.training != run.training:
             self.model.train(run.training)

@@ -72,7 +72,7 @@ def chosen(outputs: Any, choose: str | int | Callable[[Any], Tensor] | None, mod
     elif choose is not None:
         keyed = isinstance(outputs, Mapping | tuple | list) and not hasattr(outputs, str(choose))
         there = not keyed or (choose in outputs if isinstance(outputs, Mapping) else choose in range(len(outputs)))
-        found = getattr(outputs, str(choose), None) if not keyed else outputs[choose] if there else None
+        found = getattr(outputs, str(choose), None) if not keyed else outputs[choose] if there else None  # pyright: ignore
     elif not isinstance(outputs, Tensor):
         attributes = [getattr(outputs, name, None) for name in NAMES]
         keys = [outputs.get(name) for name in NAMES] if isinstance(outputs, Mapping) else []
@@ -263,5 +263,11 @@ def _measured(program: torch.export.ExportedProgram, model: nn.Module, call: tup
     place = [spec.kind for spec in signature.output_specs].index(OutputKind.USER_OUTPUT)
     last = next(node for node in reversed(graph.nodes) if node.op == "output")
     return Captured(
-        graph, parameters, values, runner.magnitudes, runner.peaks, last.args[0][place], outputs[place]  # pyright: ignore
+        graph,
+        parameters,
+        values,
+        runner.magnitudes,
+        runner.peaks,
+        last.args[0][place],
+        outputs[place],  # pyright: ignore
     )

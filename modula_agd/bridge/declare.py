@@ -1,7 +1,7 @@
 """Declarations: the bounds of operators that the library does not know, in a line or two.
 
-    declare(torch.ops.mine.swirl.default, lipschitz=1.0, source="a rotation")
-    declare(torch.ops.mine.gate.default, rule=lambda call: call.settled(call.bound(call.argument(0))))
+declare(torch.ops.mine.swirl.default, lipschitz=1.0, source="a rotation")
+declare(torch.ops.mine.gate.default, rule=lambda call: call.settled(call.bound(call.argument(0))))
 """
 
 from collections.abc import Callable
@@ -31,8 +31,9 @@ def declare(
         lipschitz: a constant c: its first argument's change comes out at most c times as large. Where the result is 0 at 0 and no
             more than that much larger than what goes in, this is all.
         source: whence the constant, required with it.
-        rule: instead, a function from a ``Call`` to the ``Bound`` of the result: ``call.bound(call.argument(0))`` is that of the first
-            argument, ``call.product(x, call.argument(1))`` its product with a weight, and ``call.settled(bound)`` gives it the measured magnitude.
+        rule: instead, a function from a ``Call`` to the ``Bound`` of the result: ``call.bound(call.argument(0))`` is that of the
+            first argument, ``call.product(x, call.argument(1))`` its product with a weight, and ``call.settled(bound)`` has the
+            measured magnitude.
 
     Raises:
         InvalidArgument: neither or both are given, or the constant has no source.
@@ -56,7 +57,9 @@ def declare(
     def bond(call: Call) -> Any:
         x = call.bound(call.argument(0))
         most = replace(x, magnitude=constant * x.magnitude)
-        return stretched(call.settled(most), 1 / call.correction(most.magnitude)).assuming(f"Lipschitz constant of {name}: {constant:g} ({source})")
+        return stretched(call.settled(most), 1 / call.correction(most.magnitude)).assuming(
+            f"Lipschitz constant of {name}: {constant:g} ({source})"
+        )
 
     DECLARED[name] = bond
 
@@ -69,7 +72,9 @@ def undeclare(operator: Any) -> None:
     """
     name = _name(operator)
     if name not in DECLARED:
-        raise InvalidArgument(f"undeclare({name}): nothing was declared of it; declared are {sorted(DECLARED) or 'none'}")
+        raise InvalidArgument(
+            f"undeclare({name}): nothing was declared of it; declared are {sorted(DECLARED) or 'none'}"
+        )
     del DECLARED[name]
 
 

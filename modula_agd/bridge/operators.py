@@ -5,31 +5,55 @@ from typing import Any
 
 from torch import fx
 
-VIEWS = frozenset(
-    "alias clone contiguous detach expand expand_as flatten lift_fresh_copy movedim permute reshape squeeze swapaxes t "
-    "_to_copy to transpose type_as unflatten unsqueeze view view_as _unsafe_view float double half bfloat16 numpy_T".split()
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+VIEWS = _names(
+    """
+    _to_copy _unsafe_view alias bfloat16 clone contiguous detach double expand expand_as flatten float half
+    lift_fresh_copy movedim numpy_T permute reshape squeeze swapaxes t to transpose type_as unflatten unsqueeze
+    view view_as
+    """
 )
 """The same numbers, laid out otherwise."""
 
-PARTS = frozenset("getitem chunk narrow select slice split split_with_sizes tensor_split unbind".split())
+PARTS = _names(
+    """
+    chunk getitem narrow select slice split split_with_sizes tensor_split unbind
+    """
+)
 """Some of the numbers."""
 
-HOMOGENEOUS = frozenset(
-    "abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
-    "alpha_dropout amax amin avg_pool1d avg_pool2d avg_pool3d bernoulli celu clamp clamp_max clamp_min constant_pad_nd cumsum diagonal dropout "
-    "elu feature_alpha_dropout feature_dropout fft_fft2 fft_irfft fft_rfft fold gather gelu hardshrink hardswish hardtanh im2col "
-    "col2im index index_select leaky_relu linalg_vector_norm masked_fill masked_select max max_pool1d max_pool2d max_pool3d "
-    "max_pool2d_with_indices mean median min mish nan_to_num native_dropout neg norm pad permute_copy pixel_shuffle pixel_unshuffle "
-    "channel_shuffle reflection_pad1d reflection_pad2d relu relu6 repeat repeat_interleave replication_pad1d replication_pad2d roll flip "
-    "rot90 rrelu selu silu sin sinh softshrink softsign std sum take_along_dim tan tanh tanhshrink threshold tile topk sort trace tril "
-    "triu unfold upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
-    "upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa asinh atan erf arctan real imag view_as_complex view_as_real "
-    "grid_sampler grid_sampler_2d".split()
+HOMOGENEOUS = _names(
+    """
+    _upsample_bicubic2d_aa _upsample_bilinear2d_aa abs adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d alpha_dropout amax amin
+    arctan asinh atan avg_pool1d avg_pool2d avg_pool3d bernoulli celu channel_shuffle clamp clamp_max clamp_min
+    col2im constant_pad_nd cumsum diagonal dropout elu erf feature_alpha_dropout feature_dropout fft_fft2
+    fft_irfft fft_rfft flip fold gather gelu grid_sampler grid_sampler_2d hardshrink hardswish hardtanh im2col
+    imag index index_select leaky_relu linalg_vector_norm masked_fill masked_select max max_pool1d max_pool2d
+    max_pool2d_with_indices max_pool3d mean median min mish nan_to_num native_dropout neg norm pad permute_copy
+    pixel_shuffle pixel_unshuffle real reflection_pad1d reflection_pad2d relu relu6 repeat repeat_interleave
+    replication_pad1d replication_pad2d roll rot90 rrelu selu silu sin sinh softshrink softsign sort std sum
+    take_along_dim tan tanh tanhshrink threshold tile topk trace tril triu unfold upsample_bicubic2d
+    upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    upsample_trilinear3d view_as_complex view_as_real
+    """
 )
 """Without a constant term, of degree 1 or less: a relative change passes as it is."""
 
-SUMS = frozenset("add sub rsub cat concat stack hstack vstack where lerp maximum minimum max_other min_other".split())
-PRODUCTS = frozenset("mul multiply matmul mm bmm mv dot einsum outer kron".split())
+SUMS = _names(
+    """
+    add cat concat hstack lerp max_other maximum min_other minimum rsub stack sub vstack where
+    """
+)
+PRODUCTS = _names(
+    """
+    bmm dot einsum kron matmul mm mul multiply mv outer
+    """
+)
 
 LIPSCHITZ = {
     "cos": 1.0,
@@ -48,10 +72,13 @@ LIPSCHITZ = {
 DEGREES = {"rsqrt": 0.5, "sqrt": 0.5, "reciprocal": 1.0, "square": 2.0, "var": 2.0}
 """Powers: the factor by which a small relative change grows."""
 
-UNMOVED = frozenset(
-    "argmax argmin argsort empty_like full_like isfinite isinf isnan new_empty new_full new_ones new_zeros ones_like rand_like randn_like "
-    "sgn sign zeros_like eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not floor ceil round trunc "
-    "sym_size size numel _assert_tensor_metadata _assert_async floor_divide remainder multinomial randint_like one_hot bucketize".split()
+UNMOVED = _names(
+    """
+    _assert_async _assert_tensor_metadata argmax argmin argsort bitwise_and bitwise_not bitwise_or bucketize
+    ceil empty_like eq floor floor_divide full_like ge gt isfinite isinf isnan le logical_and logical_not
+    logical_or lt multinomial ne new_empty new_full new_ones new_zeros numel one_hot ones_like rand_like
+    randint_like randn_like remainder round sgn sign size sym_size trunc zeros_like
+    """
 )
 """Results that a small change of activations leaves as they are: shapes, comparisons, roundings."""
 

@@ -34,7 +34,11 @@ def _passed(call: Call) -> Any:
     if isinstance(value, tuple):
         return call.settled(value[call.argument(1)]) if call.name == "getitem" else value
     x = call.bound(argument)
-    return tuple(call.settled(x, index) for index in range(len(call.out))) if isinstance(call.out, tuple) else call.settled(x)
+    return (
+        tuple(call.settled(x, index) for index in range(len(call.out)))
+        if isinstance(call.out, tuple)
+        else call.settled(x)
+    )
 
 
 def _parts(arguments: Any) -> Iterator[Any]:
@@ -114,16 +118,14 @@ def _normalised(scale: int, shift: int) -> Callable[[Call], Any]:
 
 def _attention(call: Call) -> Any:
     queries, keys, values = (call.bound(call.argument(place)) for place in range(3))
-    width = call.argument(0).meta["val"].shape[-1]
-    scale = call.node.kwargs.get("scale", None) or 1 / math.sqrt(width)
+    width = int(call.argument(0).meta["val"].shape[-1])
+    scale: Any = call.node.kwargs.get("scale", None) or 1 / math.sqrt(width)
     # a product of independent features of mean square 1 has standard deviation sqrt(d)
-    result = algebra.attention(queries, keys, values, scale * math.sqrt(width))
+    result = algebra.attention(queries, keys, values, float(scale) * math.sqrt(width))
     mask = call.argument(3, "attn_mask")
     if call.moves(mask):
         shift = call.bound(mask)
-        result = replace(
-            algebra.product(result, stretched(shift, shift.magnitude), 1.0), magnitude=result.magnitude
-        )
+        result = replace(algebra.product(result, stretched(shift, shift.magnitude), 1.0), magnitude=result.magnitude)
     return call.settled(result)
 
 
@@ -195,10 +197,13 @@ def _plain(node: Any) -> Any:
     return node
 
 
-MEASURES = frozenset(
-    "rsqrt sqrt reciprocal add clamp clamp_min expand expand_as unsqueeze squeeze view reshape to _to_copy type_as mean sum pow square var std norm "
-    "linalg_vector_norm amax abs max".split()
+SIZES = frozenset(("mean", "sum", "var", "std", "norm", "linalg_vector_norm", "amax", "max"))
+MEASURES = (
+    SIZES
+    | VIEWS
+    | {"rsqrt", "sqrt", "reciprocal", "add", "clamp", "clamp_min", "clamp_max", "maximum", "pow", "square", "abs"}
 )
+"""What may stand between an activation and a number that tells how large it is."""
 
 
 def normalises(divisor: fx.Node, x: fx.Node) -> bool:
@@ -219,15 +224,20 @@ def normalises(divisor: fx.Node, x: fx.Node) -> bool:
             continue
         if name not in MEASURES:
             return False
-        shrunk = shrunk or name in ("mean", "sum", "var", "std", "norm", "linalg_vector_norm", "amax", "max")
+        shrunk = shrunk or name in SIZES
         node = node.args[0]
     return shrunk and node in bases
 
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(VIEWS | PARTS | HOMOGENEOUS, _passed),
-    **dict.fromkeys(SUMS | {"scatter", "scatter_add", "index_add", "index_put", "copy", "slice_scatter", "select_scatter"}, _summed),
-    **dict.fromkeys((PRODUCTS - {"matmul", "mm", "bmm", "mv"}) | {"div", "divide", "true_divide", "prelu", "_prelu_kernel"}, _multiplied),
+    **dict.fromkeys(
+        SUMS | {"scatter", "scatter_add", "index_add", "index_put", "copy", "slice_scatter", "select_scatter"}, _summed
+    ),
+    **dict.fromkeys(
+        (PRODUCTS - {"matmul", "mm", "bmm", "mv"}) | {"div", "divide", "true_divide", "prelu", "_prelu_kernel"},
+        _multiplied,
+    ),
     **dict.fromkeys((*CONVOLUTIONS, "convolution", "linear"), _linear),
     **dict.fromkeys(("addmm", "baddbmm"), _addmm),
     **dict.fromkeys(("matmul", "mm", "bmm", "mv"), _matrices),

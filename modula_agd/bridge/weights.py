@@ -106,7 +106,15 @@ class Weight:
         return self.kind
 
 
-MATRICES = {"linear": (1,), "addmm": (1, 2), "matmul": (0, 1), "mm": (0, 1), "bmm": (0, 1), "mv": (0,), "baddbmm": (1, 2)}
+MATRICES = {
+    "linear": (1,),
+    "addmm": (1, 2),
+    "matmul": (0, 1),
+    "mm": (0, 1),
+    "bmm": (0, 1),
+    "mv": (0,),
+    "baddbmm": (1, 2),
+}
 BIASES = {
     "linear": (2,),
     "addmm": (0,),
@@ -216,24 +224,26 @@ def _arguments(node: fx.Node) -> Iterator[tuple[Any, fx.Node]]:
 
 def _use(captured: Captured, node: fx.Node, place: Any, argument: fx.Node, leaf: Leaf, head: bool) -> Use:
     name = operator_name(node)
-    shape = tuple(argument.meta["val"].shape)
+    shape: tuple[int, ...] = tuple(argument.meta["val"].shape)
     out = captured.magnitudes[node]
     around = (out if isinstance(out, float) else out[0]) or 1.0
     if name in RECURRENT and isinstance(place, tuple):
         count = RECURRENT[name]
         if len(shape) == 2:
-            kind = f"Linear({shape[0]}, {shape[1]})"
+            rows, columns = shape
+            kind = f"Linear({rows}, {columns})"
             return Use(leaf.name, kind, RowBlocks(Spectral(), count) if count > 1 else Spectral(), 1.0, 0.0)
-        return Use(leaf.name, f"Bias({shape[0]})", RMS(), 1.0, SHARE)
+        return Use(leaf.name, f"Bias({_sides(shape)})", RMS(), 1.0, SHARE)
     if place in MATRICES.get(name, ()) and len(shape) >= 2:
         return _matrix(node, name, place, leaf, shape, head)
     if name in CONVOLUTIONS or name == "convolution":
         if place == 1:
             atom = _convolution(node, name, shape)
             return Use(leaf.name, repr(atom), atom.norm, 1.0, 0.0)
-        return Use(leaf.name, f"Bias({shape[0]})", RMS(), around, SHARE)
+        return Use(leaf.name, f"Bias({_sides(shape)})", RMS(), around, SHARE)
     if name in ("embedding", "embedding_bag") and place == 0:
-        return Use(leaf.name, f"Embedding({shape[1]}, {shape[0]})", RowNorm.of_embedding(shape[1]), 1.0, 0.0)
+        count, width = argument.meta["val"].shape
+        return Use(leaf.name, f"Embedding({width}, {count})", RowNorm.of_embedding(width), 1.0, 0.0)
     vector = math.prod(shape) == max((1, *shape))
     if place in SCALES.get(name, ()) and vector:
         return Use(leaf.name, f"Scale({_sides(shape)})", Sign(), 1.0, SHARE)
