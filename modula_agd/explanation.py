@@ -11,6 +11,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from modula_agd.bound import aligned
 from modula_agd.error import InvalidArgument
 from modula_agd.forecast import MEMORY
@@ -184,6 +187,44 @@ def explain(method: Method, state: State, multipliers: Mapping[str, float] | Non
         realised,
         error,
     )
+
+
+def scalars(method: Method, state: State, multipliers: Mapping[str, float | Tensor] | None = None) -> dict[str, float]:
+    """The update behind a state in numbers, for a logger. Waits for the device, once.
+
+    Args:
+        method: that made it.
+        state: as the update returned it.
+        multipliers: as for ``explain``.
+
+    Returns:
+        "eta", "t", "descent" and "smoothed" (S of this batch, Ŝ of the mean), "depth", "magnitude", "promised", "steps", "skipped";
+        "predicted" and "realised" where losses were told; "step/NAME", the relative step of each weight.
+    """
+    weight, told = state.weight.clamp(min=1e-300), state.told.clamp(min=1e-300)
+    smoothed = torch.where(state.weight > 0, state.smoothed / weight, state.descent)
+    moved = (state.descents != 0) * state.t
+    numbers = {
+        "eta": state.eta,
+        "t": state.t,
+        "descent": state.descent,
+        "smoothed": smoothed,
+        "depth": state.depth,
+        "magnitude": state.magnitude,
+        "promised": -state.change,
+        "predicted": state.predicted / told,
+        "realised": state.realised / told,
+        "steps": state.steps,
+        "skipped": state.skipped,
+        "told": state.told,
+    }
+    for (name, mass), length in zip(method.masses.items(), moved.unbind(), strict=True):
+        numbers[f"step/{name}"] = mass * length * (multipliers or {}).get(name, 1.0)
+    flat = torch.stack([value.to(state.t).reshape(()) for value in numbers.values()])
+    found = dict(zip(numbers, flat.tolist(), strict=True))
+    if not found.pop("told"):
+        del found["predicted"], found["realised"]
+    return found
 
 
 def _reason(mass: float, pair: float, signal: float, gives: float, costs: float, held_out: bool) -> str:

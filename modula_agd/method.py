@@ -109,6 +109,11 @@ class Method:
         """m_k of each parameter."""
         return {name: atom.mass for name, atom in self.atoms.items()}
 
+    def periods(self, device: torch.device) -> dict[str, int]:
+        """Steps that one direction of each parameter serves, not compiled."""
+        lasting = self._plan(device).periods
+        return lasting if self.momentum is not None else dict.fromkeys(lasting, 1)
+
     @property
     def skips(self) -> bool:
         """Whether a step with a gradient that is not finite is left out."""
