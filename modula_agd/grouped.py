@@ -12,8 +12,8 @@ from modula_agd.method import Method
 from modula_agd.space import finite
 from modula_agd.state import WEIGHT_SIZED, State
 
-Rates = dict[str, float | Tensor]
-"""What multiplies the step of each parameter: a number that was looked at, or a tensor that the device looks at."""
+Rates = list[float | Tensor]
+"""What multiplies the step of each group: a number that was looked at, or a tensor that the device looks at."""
 
 
 class Grouped(torch.optim.Optimizer):
@@ -120,21 +120,30 @@ class Grouped(torch.optim.Optimizer):
                 entry.pop("direction", None)
 
     def _rates(self) -> Rates:
-        """What multiplies the step of each parameter: a number that was looked at, or a tensor that the device looks at."""
-        rates: Rates = {}
+        """The multiplier of each group.
+
+        Raises:
+            InvalidArgument: one that can be looked at is no number ≥ 0.
+        """
+        rates: Rates = []
         for index, group in enumerate(self.param_groups):
             rate = told = group["lr"]
             if isinstance(rate, Tensor) and rate.numel() == 1:
                 if self.capturable or rate.device.type != "cpu" or torch.compiler.is_compiling():
-                    rates |= dict.fromkeys(group["param_names"], rate.reshape(()))
+                    rates.append(rate if rate.ndim == 0 else rate.reshape(()))
                     continue
                 told = rate.item()
             if not (finite(told) and told >= 0):
                 raise InvalidArgument(
                     f"the multiplier param_groups[{index}]['lr'] of AGD is {rate!r}, which is not a finite number ≥ 0"
                 )
-            rates |= dict.fromkeys(group["param_names"], float(told))
+            rates.append(float(told))
         return rates
+
+    def _by_name(self, rates: Rates) -> dict[str, float | Tensor]:
+        """The multiplier of each parameter."""
+        groups = zip(self.param_groups, rates, strict=True)
+        return {name: rate for group, rate in groups for name in group["param_names"]}
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own lists what it copies and pickles, and would leave the method behind

@@ -17,8 +17,7 @@ class Lending(Grouped):
     def _averages(self) -> dict[str, Tensor]:
         """The averages that there are, by name."""
         begun = {name: entry for name, entry in self._entries().items() if entry.get("begun")}
-        numbers = self.param_groups[0]["agd"]
-        statistics = numbers["buffers"] if int(numbers["clock"]) else {}
+        statistics = self.param_groups[0]["agd"]["buffers"] if begun else {}
         return {**{name: entry["average"] for name, entry in begun.items() if "average" in entry}, **statistics}
 
     def _renew_average(self) -> None:
@@ -28,7 +27,8 @@ class Lending(Grouped):
         for name, value in self._statistics().items():
             numbers["buffers"].setdefault(name, value.clone())
         average = self._averages()
-        count = numbers["steps"] if self.capturable else int(numbers["clock"])
+        device = self.capturable or torch.compiler.is_compiling()
+        count = numbers["steps"] if device else int(numbers["clock"])
         average_(average, {name: live[name] for name in average}, count)
 
     def averaged_state(self) -> dict[str, Tensor]:

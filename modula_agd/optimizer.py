@@ -82,7 +82,7 @@ class AGD(Lending):
         self._outside = outside(model, self._inner, self.method.atoms)
         self._swapped = False
         self._micro = MicroBatches()
-        self._applied: Rates = {}
+        self._applied: dict[str, float | Tensor] = {}
         self._watched: tuple[Tensor, torch.Event] | None = None
         start = self.method.init(params)._asdict()
         if groups is not None:
@@ -166,7 +166,7 @@ class AGD(Lending):
         grads = {name: trained[name].grad if name in trained else None for name in params}
         grads, seen, part = self._micro.gathered(self.method, before, params, grads)
         move = self.method.decide(grads, seen, params, evidence, loss)
-        allowed = _allowed(move, rates)
+        allowed, multipliers = _allowed(move, rates), self._by_name(rates)
         for name in move.gradients:
             entry, begun = self.state[params[name]], self.state[params[name]].get("begun")
             self._allocate(name, params[name], moves=True)
@@ -175,7 +175,7 @@ class AGD(Lending):
                 entry["average"].copy_(params[name])
             entry["begun"] = 1
         for name, direction in move.directions.items():
-            weight, base, rate = params[name], direction.base, rates[name]
+            weight, base, rate = params[name], direction.base, multipliers[name]
             factor = (rate * move.factor(name, direction)).to(base.dtype)
             if allowed is not None:
                 # NaN times 0 is NaN: what may not move is taken out of the direction, too
@@ -198,7 +198,7 @@ class AGD(Lending):
                     for name, value in momentum.items()
                 }
         self.current = move.state._replace(momentum=momentum)
-        self._applied = rates
+        self._applied = multipliers
         self._renew_average()
 
     def _forget(self) -> None:
@@ -264,16 +264,11 @@ def _allowed(move: Move, rates: Rates) -> Tensor | None:
     Raises:
         InvalidArgument: a multiplier takes a step to infinity.
     """
-    tensors = {id(rate): rate for rate in rates.values() if isinstance(rate, Tensor)}
-    if move.finite is None:
-        t = float(move.state.t)
-        for rate in {rate for rate in rates.values() if not isinstance(rate, Tensor)}:
-            if not finite(rate * t):
-                raise InvalidArgument(
-                    f"the multiplier param_groups[...]['lr'] of AGD is {rate:g}, which takes a step to infinity"
-                )
-    allowed = move.finite
-    for rate in tensors.values():
-        good = ((rate >= 0) & (rate * move.state.t).isfinite()).to(move.state.t.device)
-        allowed = good if allowed is None else allowed & good
+    allowed, t = move.finite, move.state.t
+    for rate in rates:
+        if isinstance(rate, Tensor):
+            good = ((rate >= 0) & (rate * t).isfinite()).to(t.device)
+            allowed = good if allowed is None else allowed & good
+        elif move.finite is None and not finite(rate * float(t)):
+            raise InvalidArgument(f"the multiplier 'lr' of AGD is {rate:g}, which takes a step to infinity")
     return allowed
