@@ -1,5 +1,6 @@
 """An optimizer's dealings with ``torch.optim``: groups of parameters, what is remembered of each, saving and copying."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +17,21 @@ Rates = list[float | Tensor]
 """What multiplies the step of each group: a number that was looked at, or a tensor that the device looks at."""
 
 
+@dataclass
+class Now:
+    """What is of this moment and goes into no checkpoint; one object, which wrappers that copy an optimizer's attributes share.
+
+    Args:
+        swapped: whether the model holds averaged weights.
+        applied: the multipliers of the last step, by parameter.
+        watched: the descents of a step, on their way from the device, and the event of their arrival.
+    """
+
+    swapped: bool = False
+    applied: dict[str, float | Tensor] = field(default_factory=dict)
+    watched: tuple[Tensor, torch.Event] | None = None
+
+
 class Grouped(torch.optim.Optimizer):
     """An optimizer of a network's parameters, in groups, with the memory of a method.
 
@@ -29,8 +45,8 @@ class Grouped(torch.optim.Optimizer):
     averaging: bool
     capturable: bool
     _inner: nn.Module
-    _swapped: bool
-    _own: tuple[str, ...] = ("method", "averaging", "capturable", "_inner", "_swapped")
+    _now: Now
+    _own: tuple[str, ...] = ("method", "averaging", "capturable", "_inner")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train further parameters of the network, such as those that were frozen before, with an ``lr`` of their own.
@@ -51,7 +67,7 @@ class Grouped(torch.optim.Optimizer):
         """Give up what is of the time before a state was loaded."""
 
     def _live(self, what: str) -> None:
-        if self._swapped:
+        if self._now.swapped:
             raise InvalidArgument(
                 f"{what} was called inside averaged(), where the model holds the weights to evaluate. Leave the block first."
             )
@@ -148,7 +164,8 @@ class Grouped(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # torch's own lists what it copies and pickles, and would leave the method behind
         self._live("copying or pickling")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._own}}
+        mine = {name: getattr(self, name) for name in self._own}
+        return {**super().__getstate__(), **mine, "_now": Now(applied=self._now.applied)}
 
     def __repr__(self) -> str:
         lines = [f"Parameter Group {i}\n    lr: {group['lr']}" for i, group in enumerate(self.param_groups)]

@@ -53,18 +53,18 @@ class Lending(Grouped):
         Raises:
             InvalidArgument: as ``averaged_state``, or inside another such block.
         """
-        if self._swapped:
+        if self._now.swapped:
             raise InvalidArgument("averaged() was entered inside averaged(). Leave the first block before.")
         mean, live = self.averaged_state(), {**self._parameters(), **self._statistics()}
         kept = {name: value.detach().clone() for name, value in live.items()}
         with torch.no_grad():
             for name, value in live.items():
                 value.copy_(mean[name])
-        self._swapped = True
+        self._now.swapped = True
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, value in live.items():
                     value.copy_(kept[name])
-            self._swapped = False
+            self._now.swapped = False

@@ -12,7 +12,7 @@ from modula_agd.accumulation import MicroBatches
 from modula_agd.agd import agd
 from modula_agd.error import InvalidArgument
 from modula_agd.explanation import Explanation, explain, scalars
-from modula_agd.grouped import Rates
+from modula_agd.grouped import Now, Rates
 from modula_agd.held_out import renewed
 from modula_agd.holder import holder, outside, parameters, refuse
 from modula_agd.inspection import check_gradients
@@ -46,7 +46,7 @@ class AGD(Lending):
         InvalidArgument: an option is none of ``agd``, or does not go with another.
     """
 
-    _own = (*Lending._own, "_outside", "_micro", "_applied")
+    _own = (*Lending._own, "_outside", "_micro")
 
     def __init__(
         self,
@@ -80,10 +80,7 @@ class AGD(Lending):
                 "is decided on the host. Pass refresh=1."
             )
         self._outside = outside(model, self._inner, self.method.atoms)
-        self._swapped = False
-        self._micro = MicroBatches()
-        self._applied: dict[str, float | Tensor] = {}
-        self._watched: tuple[Tensor, torch.Event] | None = None
+        self._now, self._micro = Now(), MicroBatches()
         start = self.method.init(params)._asdict()
         if groups is not None:
             groups = [groups] if isinstance(groups, dict | Tensor | str) else list(groups)
@@ -198,43 +195,40 @@ class AGD(Lending):
                     for name, value in momentum.items()
                 }
         self.current = move.state._replace(momentum=momentum)
-        self._applied = multipliers
+        self._now.applied = multipliers
         self._renew_average()
 
     def _forget(self) -> None:
         self.discard()
-        self._applied = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_watched": None}
+        self._now.applied = {}
 
     # -- what it tells ---------------------------------------------------------------------------------------------------
 
     def explain(self) -> Explanation:
         """Why the last step was as long as it was, layer by layer; ``print`` it. Waits for the device."""
-        return explain(self.method, self.current, {name: float(rate) for name, rate in self._applied.items()})
+        return explain(self.method, self.current, {name: float(rate) for name, rate in self._now.applied.items()})
 
     def scalars(self) -> dict[str, float]:
         """The last step in numbers, for a logger: η, the descent, predicted and realised decrease, the relative step of each weight.
 
         Waits for the device, once.
         """
-        return scalars(self.method, self.current, self._applied)
+        return scalars(self.method, self.current, self._now.applied)
 
     def _watch(self) -> None:
         """On an accelerator, ask for the descents of this step without waiting for the answer."""
         descents = self.param_groups[0]["agd"]["descents"]
-        if descents.device.type == "cpu" or self.method.skips or self.capturable or self._watched is not None:
+        if descents.device.type == "cpu" or self.method.skips or self.capturable or self._now.watched is not None:
             return
         # only a copy into pinned memory leaves the host free
         landing = torch.empty_like(descents, device="cpu", pin_memory=True)
         arrived = torch.Event(descents.device)
-        self._watched = landing.copy_(descents, non_blocking=True), arrived
+        self._now.watched = landing.copy_(descents, non_blocking=True), arrived
         arrived.record()
 
     def _look(self) -> None:
-        if self._watched is not None and self._watched[1].query():
-            descents, self._watched = self._watched[0], None
+        if self._now.watched is not None and self._now.watched[1].query():
+            descents, self._now.watched = self._now.watched[0], None
             self.method.check(self.current._replace(descents=descents))
 
 
