@@ -21,6 +21,7 @@ from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence
 from modula_agd.method import Method, Move
 from modula_agd.space import finite
+from modula_agd.torch_module import TorchModule
 
 
 class AGD(Lending):
@@ -61,7 +62,7 @@ class AGD(Lending):
         ready = loss if isinstance(loss, Method) else None
         self._inner = holder(model, ready)
         _check_options(ready, options)
-        network = getattr(self._inner, "network", None)
+        network = self._inner.network if isinstance(self._inner, TorchModule) else None
         self.method = ready or agd(network, loss, **options)  # pyright: ignore
         if network is not None and self.method.network != network:
             raise InvalidArgument(
