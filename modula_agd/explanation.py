@@ -8,7 +8,11 @@ noise; being of one batch, it is as noisy as that batch.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from modula_agd.bound import aligned
 from modula_agd.error import InvalidArgument
@@ -34,7 +38,8 @@ class Share:
         signal: descent/dual; 1 is no noise. Without momentum the two are the same.
         gives: share of the descent, negative where it raises the loss; their absolute values add up to 1.
         costs: share of the depth D.
-        moved: ‖ΔW‖/ω, the relative step of this weight, but for decay and a multiplier of the optimizer.
+        moved: ‖ΔW‖/ω along the direction, the relative step of this weight, the optimizer's multiplier counted in.
+        decayed: share of itself that the weight lost beside it, from 0 to 1.
         held_back_by: what bounds it, in words.
     """
 
@@ -45,6 +50,7 @@ class Share:
     gives: float
     costs: float
     moved: float
+    decayed: float
     held_back_by: str
 
 
@@ -90,7 +96,8 @@ class Explanation:
         return "neither loose nor violated, within two standard errors"
 
     def __str__(self) -> str:
-        header = ("parameter", "dual norm", "descent", "signal", "gives", "costs", "step", "held back by")
+        decays = any(x.decayed for x in self.shares)
+        header = ["parameter", "dual norm", "descent", "signal", "gives", "costs", "step", "decay", "held back by"]
         body = [
             (
                 x.name,
@@ -100,10 +107,13 @@ class Explanation:
                 f"{x.gives:.1%}",
                 f"{x.costs:.1%}",
                 f"{x.moved:.2e}",
+                f"{x.decayed:.2e}",
                 x.held_back_by,
             )
             for x in self.shares
         ]
+        if not decays:
+            header, *body = ([*row[:-2], row[-1]] for row in (header, *body))
         facts = [
             ("η", f"{self.eta:.4g}"),
             (
@@ -121,12 +131,13 @@ class Explanation:
         return "\n".join([*table, table[1], aligned(facts)])
 
 
-def explain(method: Method, state: State) -> Explanation:
+def explain(method: Method, state: State, multipliers: Mapping[str, float] | None = None) -> Explanation:
     """Account for the update behind a state. Waits for the device.
 
     Args:
         method: that made it.
         state: as the update returned it.
+        multipliers: what the steps were multiplied with afterwards, by parameter; 1 where absent.
 
     Raises:
         InvalidArgument: the state is another method's.
@@ -149,12 +160,14 @@ def explain(method: Method, state: State) -> Explanation:
         gives = mass * size * pair / total if total else 0.0
         costs = sensitivities[name] / depth
         signal = pair / dual if dual else 0.0
-        moved = mass * t if pair else 0.0
+        length = mass * t if pair and finite else 0.0
+        multiplier = (multipliers or {}).get(name, 1.0)
+        moved, decayed = multiplier * length, min(multiplier * min(method.decay * length, 1.0), 1.0)
         if made and finite:
             reason = _reason(mass, pair, signal, gives, costs, method.momentum is not None)
         else:
             reason = "skipped: the gradient was not finite" if made else "no step was made yet"
-        shares.append(Share(name, dual, pair, signal, gives, costs, moved, reason))
+        shares.append(Share(name, dual, pair, signal, gives, costs, moved, decayed, reason))
     told = float(state.told)
     predicted = float(state.predicted) / told if told else None
     realised = float(state.realised) / told if told else None
@@ -174,6 +187,44 @@ def explain(method: Method, state: State) -> Explanation:
         realised,
         error,
     )
+
+
+def scalars(method: Method, state: State, multipliers: Mapping[str, float | Tensor] | None = None) -> dict[str, float]:
+    """The update behind a state in numbers, for a logger. Waits for the device, once.
+
+    Args:
+        method: that made it.
+        state: as the update returned it.
+        multipliers: as for ``explain``.
+
+    Returns:
+        "eta", "t", "descent" and "smoothed" (S of this batch, Ŝ of the mean), "depth", "magnitude", "promised", "steps", "skipped";
+        "predicted" and "realised" where losses were told; "step/NAME", the relative step of each weight.
+    """
+    weight, told = state.weight.clamp(min=1e-300), state.told.clamp(min=1e-300)
+    smoothed = torch.where(state.weight > 0, state.smoothed / weight, state.descent)
+    moved = (state.descents != 0) * state.t
+    numbers = {
+        "eta": state.eta,
+        "t": state.t,
+        "descent": state.descent,
+        "smoothed": smoothed,
+        "depth": state.depth,
+        "magnitude": state.magnitude,
+        "promised": -state.change,
+        "predicted": state.predicted / told,
+        "realised": state.realised / told,
+        "steps": state.steps,
+        "skipped": state.skipped,
+        "told": state.told,
+    }
+    for (name, mass), length in zip(method.masses.items(), moved.unbind(), strict=True):
+        numbers[f"step/{name}"] = mass * length * (multipliers or {}).get(name, 1.0)
+    flat = torch.stack([value.to(state.t).reshape(()) for value in numbers.values()])
+    found = dict(zip(numbers, flat.tolist(), strict=True))
+    if not found.pop("told"):
+        del found["predicted"], found["realised"]
+    return found
 
 
 def _reason(mass: float, pair: float, signal: float, gives: float, costs: float, held_out: bool) -> str:

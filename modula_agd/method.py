@@ -25,7 +25,7 @@ from modula_agd.device import precise
 from modula_agd.directions import directions, due, period
 from modula_agd.error import InvalidArgument, UnknownBound
 from modula_agd.forecast import forecast
-from modula_agd.held_out import measured, renewed
+from modula_agd.held_out import begun, measured, renewed
 from modula_agd.inspection import check_finite, check_parameters, check_step, check_update, loss_told
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence, Majorant, Search
@@ -108,6 +108,16 @@ class Method:
     def masses(self) -> dict[str, float]:
         """m_k of each parameter."""
         return {name: atom.mass for name, atom in self.atoms.items()}
+
+    def periods(self, device: torch.device) -> dict[str, int]:
+        """Steps that one direction of each parameter serves, not compiled."""
+        lasting = self._plan(device).periods
+        return lasting if self.momentum is not None else dict.fromkeys(lasting, 1)
+
+    @property
+    def skips(self) -> bool:
+        """Whether a step with a gradient that is not finite is left out."""
+        return self.nonfinite == "skip"
 
     @property
     def needs_evidence(self) -> bool:
@@ -222,7 +232,7 @@ class Method:
             updates[name] = torch.where(move.finite, update, 0.0) if move.finite is not None else update
         momentum = state.momentum
         if self.momentum is not None:
-            momentum = renewed(momentum, move.gradients, self.share(state, part), move.finite)
+            momentum = renewed(momentum, move.gradients, self.share(state, part), move.finite, skips=self.skips)
         return updates, move.state._replace(momentum=momentum)
 
     def absorb(
@@ -260,7 +270,7 @@ class Method:
         if not masked:
             check_finite(dict(zip(gradients, ends.tolist(), strict=True)))
         good = ends.isfinite().all() if masked else None
-        momentum = renewed(state.momentum, gradients, part * (1 - self.momentum), good)
+        momentum = renewed(state.momentum, gradients, part * (1 - self.momentum), good, skips=self.skips)
         # a direction kept from before would not have seen what was just absorbed
         return state._replace(momentum=momentum, directions={})
 
@@ -323,12 +333,13 @@ class Method:
             scale=scale,
             weight=weight,
             clock=state.clock + 1,
-            directions=kept,
+            directions=_kept(kept, state.directions, finite if masked else None),
             **forecast(state, told),
         )
         amounts = dict(zip(self.atoms, (-t * reach).unbind(), strict=True))
-        # no weight passes through 0
-        shrink = {name: (self.decay * self.masses[name] * t).clamp(max=1.0) for name in directions if self.decay}
+        # no weight passes through 0, and one with a zero gradient does not move at all
+        moves = {name: (self.decay * self.masses[name] * t).clamp(max=1.0) for name in directions if self.decay}
+        shrink = {name: share * (descents[name] != 0) for name, share in moves.items()}
         return Move(directions, gradients, amounts, shrink, finite if masked else None, after)
 
     def check(self, state: State) -> None:
@@ -352,10 +363,15 @@ class Method:
         """u of each parameter, and those that shall serve further steps."""
         periods = self._plan(device).periods
         places = {name: index for index, name in enumerate(self.atoms)}
-        lasting = {name for name in gradients if periods[name] > 1 and self.momentum is not None}
+        # which directions are due is for the host to decide, which would cut the graph
+        renews = self.momentum is None or (torch.compiler.is_compiling() and self.refresh is None)
+        lasting = {name for name in gradients if periods[name] > 1 and not renews}
         clock = int(state.clock) if lasting else 0
         old = {name for name in lasting & state.directions.keys() if not due(clock, places[name], periods[name])}
         sources = {name: state.momentum.get(name, gradients[name]) for name in gradients if name not in old}
+        if self.skips:
+            known = sources.keys() & state.momentum.keys()
+            sources = {name: begun(x, gradients[name]) if name in known else x for name, x in sources.items()}
         fresh = directions(self.norms, sources, half=self._half(sources, device))
         kept = {name: fresh[name].dense() for name in fresh if name in lasting} | {n: state.directions[n] for n in old}
         # what is kept for a parameter without a gradient this time stays
@@ -494,3 +510,12 @@ def _settled(network: Network, space: Space | None) -> Space:
             "network.bind(Features(3))."
         )
     return space
+
+
+def _kept(new: dict[str, Tensor], old: dict[str, Tensor], finite: Bool[Tensor, ""] | None) -> dict[str, Tensor]:
+    """The directions to keep: a step that is left out leaves them as they were."""
+    if finite is None:
+        return new
+    return {
+        n: x if x is old.get(n) else torch.where(finite, x, old.get(n, torch.zeros_like(x))) for n, x in new.items()
+    }

@@ -34,8 +34,10 @@ ROWS = (
     ("averaging", "compound", "directions", "forecast", "majorisation"),
     ("convnet", "inspection", "transformer"),
     ("method",),
-    ("agd", "explanation"),
-    ("bridge", "optimizer"),
+    ("accumulation", "agd", "explanation", "holder", "memory"),
+    ("bridge", "grouped"),
+    ("lending",),
+    ("optimizer",),
     ("command_line",),
     ("verify", "train", "__main__"),
 )
