@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from modula_agd.error import InvalidArgument
-from modula_agd.train.checkpoint import replace
+from modula_agd.train.files import replace, tidy
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for file in (self.log, self.checkpoint, self.config, self.plot):
             file.unlink(missing_ok=True)
+            tidy(file)
         replace(self.config, (json.dumps(config, indent=2) + "\n").encode())
 
     def begin(self) -> None:
@@ -101,11 +102,6 @@ class RunFolder:
             raise InvalidArgument(
                 f"training was to begin in {self.path}, which holds the log of an earlier run. Name another folder, or delete it."
             )
-
-    def append(self, evaluation: Evaluation) -> None:
-        """Add one line to the log, on disk before this returns to the loop."""
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(evaluation), allow_nan=False) + "\n")
 
 
 def fresh(parent: Path, name: str) -> RunFolder:
