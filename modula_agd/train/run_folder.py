@@ -89,6 +89,16 @@ class RunFolder:
         for file in (self.log, self.checkpoint, self.config, self.plot):
             file.unlink(missing_ok=True)
             tidy(file)
+        self.configure(config)
+
+    def take_up(self, config: Mapping[str, Any]) -> None:
+        """Go on with the run that is there: write how it is computed from now on, and drop what a kill has left half written."""
+        for file in (self.checkpoint, self.config, self.plot):
+            tidy(file)
+        self.configure(config)
+
+    def configure(self, config: Mapping[str, Any]) -> None:
+        """Write the configuration of a run that is about to begin, or to go on."""
         replace(self.config, (json.dumps(config, indent=2) + "\n").encode())
 
     def begin(self) -> None:

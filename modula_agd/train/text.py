@@ -88,16 +88,22 @@ def characters(name: str = SHAKESPEARE, folder: Path | None = None) -> Character
     """Read a text.
 
     Args:
-        name: "shakespeare", which is ``input.txt`` in ``folder`` or in ``folder/shakespeare``; or "text:FILE".
+        name: "shakespeare", which is ``input.txt`` in ``folder`` or in ``folder/shakespeare``; or "text:FILE", in
+            ``folder`` if one is given and it is there.
         folder: see above.
 
     Raises:
         DataError: the file is missing, is not UTF-8 text, or is too short to split.
     """
     if name.startswith(TEXT):
-        path = Path(name.removeprefix(TEXT))
-        if not path.is_file():
-            raise DataError(f"there is no text file {path}. Name one as {TEXT}FILE.")
+        file = Path(name.removeprefix(TEXT))
+        places = [file] if folder is None else [folder / file, file]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            raise DataError(
+                f"there is no text file {' or '.join(dict.fromkeys(map(str, places)))}. Name one as {TEXT}FILE, or its folder with "
+                "--data-dir."
+            )
     else:
         path = data_file(name, folder, "input.txt")
     try:
