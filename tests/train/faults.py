@@ -31,7 +31,7 @@ TRACED = (
     "resuming",
 )
 NAMES = {str(FOLDER / f"{name}.py"): name for name in TRACED}
-WRITING = ("record", "continuing", "checkpoint", "journal", "files")
+WRITING = ("record", "journal", "files")
 
 Place = tuple[str, int]
 """A file's name and the line in it."""
@@ -39,7 +39,8 @@ Place = tuple[str, int]
 
 def torn(frame: Any) -> None:
     """What a kill inside a write leaves: half of what was to be written."""
-    file, content = frame.f_locals.get("file"), frame.f_locals.get("content")
+    file = frame.f_locals.get("file")
+    content = frame.f_locals.get("content", getattr(frame.f_locals.get("self"), "_waiting", None))
     if isinstance(content, bytes) and file is not None and not file.closed:
         file.write(content[: len(content) // 2])
         file.flush()
@@ -153,7 +154,7 @@ def differences(one: Path, other: Path) -> Iterator[str]:
             if mine[name].dtype != theirs[name].dtype or mine[name].numpy().tobytes() != theirs[name].numpy().tobytes():
                 yield f"{part} of {name}"
     for key in ("step", "seed", "recipe"):
-        if first.metadata[key] != second.metadata[key]:
+        if first.metadata.get(key) != second.metadata.get(key):
             yield key
     if logged(one) != logged(other):
         yield "log"
