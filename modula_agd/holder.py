@@ -58,7 +58,10 @@ def holder(model: object, method: Method | None) -> nn.Module:
         names = method.atoms.keys()
         found = [(path, module) for path, module in modules if names <= dict(module.named_parameters()).keys()]
     if not found:
-        remedy = "Compose the network from modula_agd modules and pass network.to_torch(), or a module that holds it."
+        remedy = (
+            "Pass example_inputs=..., a batch as its forward takes it, and AGD captures it; or compose the network from modula_agd "
+            "modules and pass network.to_torch(), or a module that holds it."
+        )
         if method is not None:
             remedy = f"The method is for parameters {', '.join(method.atoms)}. {remedy}"
         raise SpaceMismatch(f"AGD was given a {type(model).__name__}, whose layers declare no bounds. {remedy}")
@@ -68,6 +71,18 @@ def holder(model: object, method: Method | None) -> nn.Module:
             "that this optimizer trains, and make one AGD for each."
         )
     return found[0][1]
+
+
+def unwrapped(model: object) -> object:
+    """The user's own module in what ``torch.compile`` and the data-parallel wrappers make of it."""
+    while isinstance(model, nn.Module):
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+    return model
 
 
 def outside(model: nn.Module, inner: nn.Module, names: Iterable[str]) -> list[tuple[str, nn.Parameter]]:

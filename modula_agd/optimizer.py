@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from modula_agd import memory
 from modula_agd.accumulation import MicroBatches
 from modula_agd.agd import agd
+from modula_agd.bridge.bridged import from_torch
 from modula_agd.error import InvalidArgument
 from modula_agd.explanation import Explanation, explain, scalars
 from modula_agd.grouped import Now, Rates
 from modula_agd.held_out import renewed
-from modula_agd.holder import holder, outside, parameters, refuse
+from modula_agd.holder import holder, outside, parameters, refuse, unwrapped
 from modula_agd.inspection import check_gradients
 from modula_agd.lending import Lending
 from modula_agd.loss import Loss
@@ -25,7 +26,7 @@ from modula_agd.torch_module import TorchModule
 
 
 class AGD(Lending):
-    """Automatic gradient descent on a model made by ``network.to_torch()``.
+    """Automatic gradient descent on a model made by ``network.to_torch()``, or on any ``torch.nn.Module`` with ``example_inputs``.
 
     ``lr`` of a parameter group multiplies the derived step of its parameters. It is 1 and needs no tuning; it is there for
     schedulers and monitors that expect it.
@@ -34,6 +35,8 @@ class AGD(Lending):
         model: a network's ``torch.nn`` face, or a module that holds one; with a ready method any module whose parameters have the
             names of the method's network.
         loss: what is minimised, or a ``Method`` built beforehand.
+        example_inputs: a batch as the model's forward takes it (a tensor, a tuple, or a dictionary of named arguments), for a model
+            in plain ``torch.nn``: it is captured by ``from_torch``, once, here.
         groups: parameters to train, as torch's optimizers take them: tensors, pairs of name and tensor, names, or dictionaries with
             "params" and an "lr" of their own. All of the network's by default.
         averaging: whether to keep averaged weights (one buffer of the weights' size), for ``averaged()``; by default where there
@@ -55,13 +58,22 @@ class AGD(Lending):
         loss: Loss | Method,
         groups: Iterable[Any] | None = None,
         *,
+        example_inputs: Any = None,
         averaging: bool | None = None,
         capturable: bool = False,
         **options: Any,
     ) -> None:
         ready = loss if isinstance(loss, Method) else None
-        self._inner = holder(model, ready)
         _check_options(ready, options)
+        if example_inputs is not None:
+            if not isinstance(loss, Loss):
+                raise InvalidArgument(
+                    f"AGD was given example_inputs and {type(loss).__name__}. They are for AGD to capture the model and build the method: "
+                    "pass a loss of modula_agd such as CrossEntropy(), or leave them out with a ready method."
+                )
+            network = from_torch(unwrapped(model), example_inputs, scores=loss.max_norm)
+            ready = agd(network, loss, **options)  # pyright: ignore
+        self._inner = holder(model, ready)
         network = self._inner.network if isinstance(self._inner, TorchModule) else None
         self.method = ready or agd(network, loss, **options)  # pyright: ignore
         if network is not None and self.method.network != network:

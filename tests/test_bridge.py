@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from modula_agd import (
+    AGD,
+    Certified,
     CrossEntropy,
     InvalidArgument,
     Logits,
@@ -381,7 +383,60 @@ def test_an_output_is_found_by_name_position_or_function() -> None:
 
 
 def test_a_certified_step_is_refused() -> None:
-    from modula_agd import Certified
-
     with pytest.raises(UnknownBound):
         agd(from_torch(Plain(2), torch.randn(8, 16), scores=False), SquareLoss(), search=Certified())
+
+
+# -- the optimizer -------------------------------------------------------------------------------------------------------
+
+
+def test_a_loop_switches_from_adamw_in_two_lines(data) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 10))
+    losses = []
+    optimizer = AGD(model, CrossEntropy(), example_inputs=data.images[:64])
+    for step in range(40):
+        x, y = data.images[8 * step : 8 * step + 8], data.labels[8 * step : 8 * step + 8]
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    with optimizer.averaged():
+        assert float(nn.functional.cross_entropy(model(data.images), data.labels)) < 0.5 * losses[0]
+    assert "1.weight" in str(optimizer.explain())
+
+
+def test_a_compiled_model_is_captured_as_the_users_own() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    compiled = torch.compile(model, backend="eager")
+    optimizer = AGD(compiled, CrossEntropy(), example_inputs=torch.randn(4, 8))
+    assert list(optimizer.method.atoms) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    before = model[0].weight.detach().clone()
+    nn.functional.cross_entropy(compiled(torch.randn(4, 8)), torch.tensor([0, 1, 2, 0])).backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_a_plain_model_without_an_example_is_told_the_remedy() -> None:
+    with pytest.raises(SpaceMismatch, match="example_inputs"):
+        AGD(nn.Linear(8, 3), CrossEntropy())
+    with pytest.raises(InvalidArgument, match="example_inputs"):
+        AGD(nn.Linear(8, 3), nn.CrossEntropyLoss(), example_inputs=torch.randn(4, 8))
+    method = agd(from_torch(nn.Linear(8, 3), torch.randn(4, 8)), CrossEntropy())
+    with pytest.raises(InvalidArgument, match="ready method"):
+        AGD(nn.Linear(8, 3), method, example_inputs=torch.randn(4, 8))
+
+
+def test_tracked_sizes_follow_the_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = AGD(model, CrossEntropy(), example_inputs=torch.randn(16, 8), sizes="tracked")
+    with torch.no_grad():
+        model[0].weight.mul_(4.0)
+    nn.functional.cross_entropy(model(torch.randn(4, 8)), torch.tensor([0, 1, 2, 0])).backward()
+    optimizer.step()
+    sizes = dict(zip(optimizer.method.atoms, optimizer.current.sizes.tolist(), strict=True))
+    declared = optimizer.method.atoms["0.weight"].size
+    assert sizes["0.weight"] == pytest.approx(4 * declared, rel=0.05)
