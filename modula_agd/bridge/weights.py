@@ -32,6 +32,7 @@ from modula_agd import convolution
 from modula_agd.bridge.capture import Captured
 from modula_agd.bridge.operators import PARTS, VIEWS, operator_name
 from modula_agd.norm import RMS, Norm, RowBlocks, RowNorm, Sign, Spectral, Transposed, drawing_dtype
+from modula_agd.polar import working_dtype
 
 SHARE = 0.1
 """Least size of what may start near 0, as a share of the natural one."""
@@ -322,6 +323,24 @@ def fused_parts(node: fx.Node, features: int) -> int:
     return len(runs) if len(sizes) == 1 and disjoint and connected else 1
 
 
+def size_of(norm: Norm, value: Tensor) -> float:
+    """‖W‖ within some per cent, at the cost of a few products with a vector: by randomised subspace iteration where it is spectral.
+
+    Halko, Martinsson & Tropp 2011 (arXiv:0909.4061), as ``torch.svd_lowrank`` has it.
+    """
+    value = value.to(working_dtype(value.dtype))
+    stacks = norm.matrices(value)
+    if not stacks or not bool(value.any()):
+        return float(norm.bound(value))
+    with torch.random.fork_rng([value.device] if value.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        found = [float(torch.svd_lowrank(x, q=min(4, *x.shape[-2:]), niter=6)[1].amax()) for x in stacks]
+    # a norm is linear in its matrices: what its own assembly of them differs by is the factor
+    assembled = norm.assembled(value, stacks).dense()
+    place = int(value.abs().argmax())
+    return max(found) * float(value.flatten()[place] / assembled.flatten()[place])
+
+
 def declared(
     captured: Captured, uses_: Mapping[tuple[fx.Node, fx.Node], Use], values: Mapping[str, Tensor]
 ) -> tuple[dict[str, Weight], dict[tuple[fx.Node, fx.Node], float]]:
@@ -338,13 +357,13 @@ def declared(
         value = values[use.name].detach()
         first = found.get(use.name)
         if first is None:
-            measured = float(use.norm.bound(value))
+            measured = size_of(use.norm, value)
             size = max(measured, use.least * use.natural) or use.natural
             floor = use.least * use.natural if use.least else 0.01 * size
             mass = 1.0 if values[use.name].requires_grad else 0.0
             first = found[use.name] = Weight(use.kind, tuple(value.shape), use.norm, size, floor, mass)
         same = first.norm == use.norm
-        own = 1.0 if same else float(use.norm.bound(value)) / max(float(first.norm.bound(value)), 1e-30)
+        own = 1.0 if same else size_of(use.norm, value) / max(size_of(first.norm, value), 1e-30)
         ratios[node, argument] = own if own > 0 else 1.0
     order = [name for name in values if name in found]
     return {name: found[name] for name in order}, ratios
