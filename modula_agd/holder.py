@@ -73,7 +73,7 @@ def holder(model: object, method: Method | None) -> nn.Module:
     return found[0][1]
 
 
-def unwrapped(model: object) -> object:
+def unwrapped(model: Any) -> Any:
     """The user's own module in what ``torch.compile`` and the data-parallel wrappers make of it."""
     while isinstance(model, nn.Module):
         inner = getattr(model, "_orig_mod", None)

@@ -1,5 +1,6 @@
 """Options and fixtures that several test folders share."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 # No test reaches for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+_LIBRARIES: list[torch.library.Library] = []
+"""Kept, as what they define goes with them."""
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -25,6 +28,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def one_thread() -> None:
     """Small tensors gain nothing from threads, and several test processes would fight over the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def torchvision_models() -> None:
+    """torchvision's models, which are Python, also beside a torch that its compiled operators were not built for.
+
+    Other packages import torchvision wherever it is installed, and fail with it.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        _LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for name in ("nms", "qnms"):
+            _LIBRARIES[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @pytest.fixture(scope="session")

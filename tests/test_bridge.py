@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ models = importlib.import_module("models")
 
 # the library's own warnings are errors; those of other people's models are theirs
 pytestmark = [
+    pytest.mark.usefixtures("torchvision_models"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -52,8 +52,6 @@ def data():
 
 def task_of(name: str, data: Any):
     """The model, or a skip where its package is not installed."""
-    with suppress(ImportError):
-        models.vision()
     pytest.importorskip(models.SOURCES[name][1])
     return models.task(name, data)
 

@@ -13,6 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from modula_agd import AGD, MLP, CrossEntropy, Logits
 from support import gaussian, same
 
+# these packages import torchvision where it is installed
+pytestmark = pytest.mark.usefixtures("torchvision_models")
+
 NET = MLP(Logits(3), 16, 8, 3)
 LOSS = CrossEntropy()
 X = gaussian(64, 8, dtype=torch.float32)

@@ -6,7 +6,6 @@ them, and targets. ``SOURCES`` says whence each is.
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,30 +68,20 @@ def made_up(seed: int = 0) -> Data:
     return Data(images / images.std(), labels, torch.tensor(ids), 32)
 
 
-def vision() -> Any:
-    """torchvision, also where its compiled operators do not fit the torch that is there: its models are Python."""
-    try:
-        import torchvision
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision
-
-        torchvision._stubs = library  # kept as long as the module is
-    return torchvision
-
-
 def pictures(model: nn.Module, data: Data, count: int, side: int) -> Task:
     return Task(model, CrossEntropy(), lambda generator: data.pictures(count, side, generator))
 
 
 def resnet18(data: Data) -> Task:
-    return pictures(vision().models.resnet18(num_classes=10), data, 32, 32)
+    import torchvision
+
+    return pictures(torchvision.models.resnet18(num_classes=10), data, 32, 32)
 
 
 def resnet50(data: Data) -> Task:
-    return pictures(vision().models.resnet50(num_classes=10), data, 8, 64)
+    import torchvision
+
+    return pictures(torchvision.models.resnet50(num_classes=10), data, 8, 64)
 
 
 def vit(data: Data) -> Task:
@@ -243,9 +232,6 @@ SOURCES = {
 
 def task(name: str, data: Data, seed: int = 0) -> Task:
     """A model with weights drawn from a seed."""
-    # the other packages import torchvision where it is installed
-    with suppress(ImportError):
-        vision()
     torch.manual_seed(seed)
     made = SOURCES[name][0](data)
     made.model.train()

@@ -6,7 +6,6 @@ DIR holds ``cifar10/train.parquet`` and ``shakespeare/input.txt``; without it th
 """
 
 import argparse
-import contextlib
 import io
 import platform
 import time
@@ -163,8 +162,6 @@ def main() -> None:
     data = cifar_and_shakespeare(arguments.data_dir) if arguments.data_dir else models.made_up()
     rows = []
     for name in arguments.models:
-        with contextlib.suppress(ImportError):
-            models.vision()
         rows.append(row(name, data, arguments.steps))
         r = rows[-1]
         print(

@@ -31,9 +31,10 @@ HOMOGENEOUS = _names(
     _upsample_bicubic2d_aa _upsample_bilinear2d_aa abs adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d alpha_dropout amax amin
     arctan asinh atan avg_pool1d avg_pool2d avg_pool3d bernoulli celu channel_shuffle clamp clamp_max clamp_min
-    col2im constant_pad_nd cumsum diagonal dropout elu erf feature_alpha_dropout feature_dropout fft_fft2
-    fft_irfft fft_rfft flip fold gather gelu grid_sampler grid_sampler_2d hardshrink hardswish hardtanh im2col
-    imag index index_select leaky_relu linalg_vector_norm masked_fill masked_select max max_pool1d max_pool2d
+    col2im constant_pad_nd cumsum diagonal dropout elu erf feature_alpha_dropout feature_dropout fft_fft
+    fft_fft2 fft_fftn fft_ifft fft_ifft2 fft_ifftn fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn
+    flip fold gather gelu grid_sampler grid_sampler_2d hardshrink hardswish hardtanh im2col imag index
+    index_select leaky_relu linalg_vector_norm masked_fill masked_select max max_pool1d max_pool2d
     max_pool2d_with_indices max_pool3d mean median min mish nan_to_num native_dropout neg norm pad permute_copy
     pixel_shuffle pixel_unshuffle real reflection_pad1d reflection_pad2d relu relu6 repeat repeat_interleave
     replication_pad1d replication_pad2d roll rot90 rrelu selu silu sin sinh softshrink softsign sort std sum
@@ -55,6 +56,9 @@ PRODUCTS = _names(
     """
 )
 
+GROUPED = ("_grouped_mm", "transformers::grouped_mm_fallback")
+"""Products of rows with the matrix of their group: experts."""
+
 LIPSCHITZ = {
     "cos": 1.0,
     "hardsigmoid": 1 / 6,
@@ -74,10 +78,11 @@ DEGREES = {"rsqrt": 0.5, "sqrt": 0.5, "reciprocal": 1.0, "square": 2.0, "var": 2
 
 UNMOVED = _names(
     """
-    _assert_async _assert_tensor_metadata argmax argmin argsort bitwise_and bitwise_not bitwise_or bucketize
-    ceil empty_like eq floor floor_divide full_like ge gt isfinite isinf isnan le logical_and logical_not
-    logical_or lt multinomial ne new_empty new_full new_ones new_zeros numel one_hot ones_like rand_like
-    randint_like randn_like remainder round sgn sign size sym_size trunc zeros_like
+    _assert_async _assert_tensor_metadata argmax argmin argsort bincount bitwise_and bitwise_not bitwise_or
+    bucketize ceil empty_like eq floor floor_divide full_like ge gt histc isfinite isinf isnan le logical_and
+    logical_not logical_or lt multinomial ne new_empty new_full new_ones new_zeros nonzero numel one_hot
+    ones_like rand_like randint_like randn_like remainder round searchsorted sgn sign size sym_size trunc unique
+    zeros_like
     """
 )
 """Results that a small change of activations leaves as they are: shapes, comparisons, roundings."""

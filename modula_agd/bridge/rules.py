@@ -12,6 +12,7 @@ from modula_agd.bound import Bound, source
 from modula_agd.bridge.flow import TINY, Call, Rule, stretched
 from modula_agd.bridge.operators import (
     DEGREES,
+    GROUPED,
     HOMOGENEOUS,
     LIPSCHITZ,
     PARTS,
@@ -240,7 +241,7 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys((*CONVOLUTIONS, "convolution", "linear"), _linear),
     **dict.fromkeys(("addmm", "baddbmm"), _addmm),
-    **dict.fromkeys(("matmul", "mm", "bmm", "mv"), _matrices),
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", *GROUPED), _matrices),
     **dict.fromkeys(("embedding", "embedding_bag"), _embedding),
     **{name: _lipschitz(slope) for name, slope in LIPSCHITZ.items()},
     **{name: _powered(degree) for name, degree in DEGREES.items()},

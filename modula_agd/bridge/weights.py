@@ -30,7 +30,7 @@ from torch import Tensor, fx
 
 from modula_agd import convolution
 from modula_agd.bridge.capture import Captured
-from modula_agd.bridge.operators import PARTS, VIEWS, operator_name
+from modula_agd.bridge.operators import GROUPED, PARTS, VIEWS, operator_name
 from modula_agd.norm import RMS, Norm, RowBlocks, RowNorm, Sign, Spectral, Transposed, drawing_dtype
 from modula_agd.polar import working_dtype
 
@@ -113,6 +113,7 @@ MATRICES = {
     "matmul": (0, 1),
     "mm": (0, 1),
     "bmm": (0, 1),
+    **dict.fromkeys(GROUPED, (0, 1)),
     "mv": (0,),
     "baddbmm": (1, 2),
 }
