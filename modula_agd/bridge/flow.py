@@ -184,7 +184,10 @@ def propagate(flow: Flow, rule_of: Callable[[fx.Node], Rule], unmoved: frozenset
         if node.op != "call_function" or node in known:
             continue
         call = Call(node, flow, known)
-        if operator_name(node) in unmoved or not any(map(call.moves, node.all_input_nodes)):
+        value = node.meta.get("val")
+        whole = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+        # ids, places in an order, masks: a small step leaves them as they are
+        if whole or operator_name(node) in unmoved or not any(map(call.moves, node.all_input_nodes)):
             continue
         known[node] = rule_of(node)(call)
         if writes_in_place(node):

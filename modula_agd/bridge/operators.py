@@ -13,7 +13,7 @@ def _names(text: str) -> frozenset[str]:
 VIEWS = _names(
     """
     _to_copy _unsafe_view alias bfloat16 clone contiguous detach double expand expand_as flatten float half
-    lift_fresh_copy movedim numpy_T permute reshape squeeze swapaxes t to transpose type_as unflatten unsqueeze
+    lift_fresh_copy movedim numpy_T permute reshape reshape_as squeeze swapaxes t to transpose type_as unflatten unsqueeze
     view view_as
     """
 )
