@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from modula_agd.bound import aligned
 from modula_agd.error import InvalidArgument
+from modula_agd.exchange import ALONE, Exchange
 from modula_agd.forecast import MEMORY
 from modula_agd.method import Method
 from modula_agd.state import State
@@ -121,12 +122,13 @@ class Explanation:
         return "\n".join([*table, table[1], aligned(facts)])
 
 
-def explain(method: Method, state: State) -> Explanation:
+def explain(method: Method, state: State, exchange: Exchange = ALONE) -> Explanation:
     """Account for the update behind a state. Waits for the device.
 
     Args:
         method: that made it.
         state: as the update returned it.
+        exchange: the other processes, which must all ask.
 
     Raises:
         InvalidArgument: the state is another method's.
@@ -143,9 +145,10 @@ def explain(method: Method, state: State) -> Explanation:
     total = sum(abs(mass * size * pair) for mass, size, pair in zip(method.masses.values(), sizes, pairs, strict=True))
     made, finite = int(state.steps) > 0, math.isfinite(float(state.descent))
     shares = []
+    found = exchange.numbers(lambda norm, momentum: norm.dual(momentum), method.norms, state.momentum)
+    duals = {name: float(dual) for name, dual in found.items()}
     for (name, mass), size, pair in zip(method.masses.items(), sizes, pairs, strict=True):
-        held = state.momentum.get(name)
-        dual = float(method.norms[name].dual(held)) if held is not None else pair
+        dual = duals.get(name, float(pair))
         gives = mass * size * pair / total if total else 0.0
         costs = sensitivities[name] / depth
         signal = pair / dual if dual else 0.0

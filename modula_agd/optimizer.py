@@ -16,12 +16,13 @@ from modula_agd.inspection import check_gradients
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence
 from modula_agd.method import Method
+from modula_agd.placement import exchange_of, local, local_gradient, reshard, skips_reduction, spread, unwrapped
 from modula_agd.polar import working_dtype
 from modula_agd.space import finite
 from modula_agd.state import WEIGHT_SIZED, State, complaint, not_finite, odd_tensors
 from modula_agd.torch_module import TorchModule
 
-_OWN = ("_names", "_model", "_average", "_swapped", "_micro", "_count")
+_OWN = ("_names", "_model", "_outer", "_exchange", "_average", "_swapped", "_micro", "_count", "_unreduced")
 
 
 class AGD(torch.optim.Optimizer):
@@ -31,14 +32,25 @@ class AGD(torch.optim.Optimizer):
     monitors that expect it.
 
     Args:
-        model: a network's ``torch.nn`` face.
+        model: a network's ``torch.nn`` face; also one in ``DistributedDataParallel`` or after ``fully_shard`` (docs/distributed.md).
         loss: what is minimised, or a ``Method`` built beforehand.
         averaging: whether to keep averaged weights (one buffer of the weights' size), for ``averaged()``; by default where there
             is momentum.
+        share_directions: whether each direction is made on one rank and sent to the others, rather than on every rank; by default
+            where ``DistributedDataParallel`` is given. Sharded weights always share.
         options: as for ``agd``.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss | Method, *, averaging: bool | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | Method,
+        *,
+        averaging: bool | None = None,
+        share_directions: bool | None = None,
+        **options: Any,
+    ) -> None:
+        outer, model = model, unwrapped(model)
         if not isinstance(model, TorchModule):
             raise SpaceMismatch(
                 f"AGD was given a {type(model).__name__}, whose layers declare no bounds. Compose the network from modula_agd "
@@ -61,6 +73,8 @@ class AGD(torch.optim.Optimizer):
             )
         self._names = [name for name, _ in model.named_parameters()]
         self._model = model
+        self._outer = outer
+        self._exchange = exchange_of(outer, share_directions)
         if averaging is not None and not isinstance(averaging, bool):
             raise InvalidArgument(f"AGD was given averaging={averaging!r}, which must be True or False")
         self.averaging = self.method.momentum is not None if averaging is None else averaging
@@ -68,6 +82,7 @@ class AGD(torch.optim.Optimizer):
         self._swapped = False
         self._micro: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._count = 0
+        self._unreduced = False
         super().__init__(model.parameters(), {"lr": 1.0})
         self.current: State = self.method.init(self._parameters())
         self._watched: tuple[Tensor, torch.Event] | None = None
@@ -112,7 +127,9 @@ class AGD(torch.optim.Optimizer):
                 "step use the same parameters, or start anew with discard()."
             )
         mine = self._micro[self._count % 2]
+        self._unreduced |= skips_reduction(self._outer)
         for name, gradient in found.items():
+            gradient = local_gradient(gradient, params[name])
             # sums of many half-precision gradients would stand still
             wide = gradient.to(working_dtype(gradient.dtype))
             mine[name] = mine[name].add_(wide) if name in mine else wide.clone()
@@ -121,7 +138,7 @@ class AGD(torch.optim.Optimizer):
 
     def discard(self) -> None:
         """Forget the micro-batches that ``accumulate()`` has taken in since the last step."""
-        self._micro, self._count = ({}, {}), 0
+        self._micro, self._count, self._unreduced = ({}, {}), 0, False
 
     def _live(self, what: str) -> None:
         if self._swapped:
@@ -171,10 +188,10 @@ class AGD(torch.optim.Optimizer):
 
     def _move(self, multiplier: float, evidence: Evidence | None, loss: Tensor | float | None) -> None:
         """Decide on a step, then write it over weights, momentum and average; nothing is written if deciding fails."""
-        params = self._parameters()
+        params = {name: local(parameter) for name, parameter in self._parameters().items()}
         before = self.current
         grads, seen, part = self._gathered(params)
-        move = self.method.decide(grads, seen, params, evidence, loss)
+        move = self.method.decide(grads, seen, params, evidence, loss, self._exchange)
         if move.finite is None and not finite(multiplier * float(move.state.t)):
             raise InvalidArgument(
                 f"the multiplier param_groups[0]['lr'] of AGD is {multiplier:g}, which takes a step to infinity"
@@ -203,10 +220,14 @@ class AGD(torch.optim.Optimizer):
                 }
         self.current = move.state._replace(momentum=momentum)
         self._renew_average()
+        reshard(self._model)
 
     def _gathered(self, params: dict[str, Tensor]) -> tuple[dict[str, Tensor | None], State, float]:
         """The gradient that measures, the state whose directions have seen the others, and the share that measures."""
-        grads = {name: parameter.grad for name, parameter in params.items()}
+        grads = {
+            name: parameter.grad if parameter.grad is None else local_gradient(parameter.grad, parameter)
+            for name, parameter in self._parameters().items()
+        }
         if not self._count:
             return grads, self.current, 1.0
         left = [name for name, gradient in grads.items() if gradient is not None]
@@ -215,6 +236,8 @@ class AGD(torch.optim.Optimizer):
                 f"step() met gradients of {', '.join(left)} after accumulate(), and gave up the micro-batches. Call accumulate() after "
                 "every backward(), the last one too."
             )
+        if self._unreduced:
+            self._micro = (self._exchange.means(self._micro[0]), self._exchange.means(self._micro[1]))
         many = ((self._count + 1) // 2, self._count // 2)
         measuring, making = (
             {name: (total / count).to(params[name].dtype) for name, total in part.items()}
@@ -228,13 +251,18 @@ class AGD(torch.optim.Optimizer):
             # what spoils one half leaves the whole step out
             good = torch.stack([x.isfinite().all() for x in making.values()]).all()
             measuring = {name: torch.where(good, g, torch.nan) for name, g in measuring.items()}
-        return {**grads, **measuring}, self.method.absorb(making, self.current, params, 1 - part), part
+        return (
+            {**grads, **measuring},
+            self.method.absorb(making, self.current, params, 1 - part, exchange=self._exchange),
+            part,
+        )
 
     # -- averaged weights ------------------------------------------------------------------------------------------------
 
     def _averaged(self) -> dict[str, Tensor]:
         """What is averaged: weights, and running statistics, which belong to them."""
-        return {**self._parameters(), **dict(self._model.named_buffers())}
+        whole = {**self._parameters(), **dict(self._model.named_buffers())}
+        return {name: local(value) for name, value in whole.items()}
 
     def _renew_average(self) -> None:
         if self.averaging:
@@ -256,7 +284,8 @@ class AGD(torch.optim.Optimizer):
                 "Build it with averaging=True."
             )
         live = self._averaged()
-        return {name: self._average.get(name, value).to(value.dtype).clone() for name, value in live.items()}
+        mean = {name: self._average.get(name, value).to(value.dtype).clone() for name, value in live.items()}
+        return self._spread(mean)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -271,7 +300,8 @@ class AGD(torch.optim.Optimizer):
         kept = {name: value.detach().clone() for name, value in live.items()}
         with torch.no_grad():
             for name, value in live.items():
-                value.copy_(mean[name])
+                value.copy_(local(mean[name]))
+        reshard(self._model)
         self._swapped = True
         try:
             yield
@@ -279,11 +309,12 @@ class AGD(torch.optim.Optimizer):
             with torch.no_grad():
                 for name, value in live.items():
                     value.copy_(kept[name])
+            reshard(self._model)
             self._swapped = False
 
     def explain(self) -> Explanation:
         """Why the last step was as long as it was, layer by layer; ``print`` it. Waits for the device."""
-        return explain(self.method, self.current)
+        return explain(self.method, self.current, self._exchange)
 
     def _watch(self) -> None:
         """On an accelerator, ask for the descents of this step without waiting for the answer."""
@@ -309,9 +340,15 @@ class AGD(torch.optim.Optimizer):
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in self._parameters().items()}
 
+    def _spread(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of this process, as parts of those that lie as the parameters do."""
+        params = self._parameters()
+        return {name: spread(x, params[name]) if name in params else x for name, x in tensors.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """As every optimizer's, with the last step's tensors under "agd", the averaged weights and what all belong to."""
-        mine = {"agd": self.current._asdict(), "average": dict(self._average), "parameters": self._shapes()}
+        state = self.current._asdict() | {what: self._spread(getattr(self.current, what)) for what in WEIGHT_SIZED}
+        mine = {"agd": state, "average": self._spread(self._average), "parameters": self._shapes()}
         return {**super().state_dict(), **mine}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -349,10 +386,11 @@ class AGD(torch.optim.Optimizer):
         device = here["eta"].device
         # copies: this optimizer writes over its own
         mine: dict[str, Any] = {
-            what: {name: x.to(device, copy=True) for name, x in held.items()} for what, held in weight_sized.items()
+            what: {name: local(x).to(device, copy=True) for name, x in held.items()}
+            for what, held in weight_sized.items()
         }
         mine |= {key: value.to(here[key]) for key, value in saved.items()}
-        average = {name: value.to(device, copy=True) for name, value in state_dict["average"].items()}
+        average = {name: local(value).to(device, copy=True) for name, value in state_dict["average"].items()}
         try:
             super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         # what torch raises where groups are not what it saved
