@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from modula_agd import __version__
 from modula_agd.error import InvalidArgument
 from modula_agd.train import DataError
-from modula_agd.train.checkpoint import replace
+from modula_agd.train.files import replace
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from modula_agd.train.objective import LOSSES as LOSSES
 from modula_agd.train.pixels import DataError as DataError
 from modula_agd.train.plot import plot as plot
 from modula_agd.train.recipe import Recipe as Recipe
+from modula_agd.train.record import NotSaved as NotSaved
 from modula_agd.train.restore import Restored as Restored
 from modula_agd.train.restore import restore as restore
 from modula_agd.train.run_folder import Evaluation as Evaluation

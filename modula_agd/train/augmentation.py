@@ -54,7 +54,16 @@ class CropFlip:
             images: standardised, on any device.
             generator: on the CPU; advanced by one draw.
         """
-        seed = int(torch.randint(2**62, (), generator=generator))
+        seed = _drawn(generator)
         with torch.random.fork_rng(devices=()), torch.no_grad():
             torch.default_generator.manual_seed(seed)
             return self._operations(images)
+
+    def skip(self, generator: torch.Generator, batches: int) -> None:
+        """Advance the generator by as many draws as so many batches take."""
+        for _ in range(batches):
+            _drawn(generator)
+
+
+def _drawn(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=generator))

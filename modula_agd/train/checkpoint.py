@@ -1,6 +1,5 @@
-"""Checkpoints: weights, running statistics and optimizer state in one safetensors file, whole or absent at any moment."""
+"""Checkpoints: all that a run needs to go on, in one safetensors file, whole or absent at any moment."""
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,15 +8,20 @@ from torch import Tensor
 
 from modula_agd.error import InvalidArgument, ModulaError
 from modula_agd.train.extras import require
+from modula_agd.train.files import replace
 
 if TYPE_CHECKING:
     from modula_agd import State
 
-_PARTS = ("params", "buffers", "state", "average")
+FORMAT = 1
+"""The version of the file's layout; a file without one, of before there were any, has 0."""
+
+_FORMAT_KEY = "format"
+_PARTS = ("params", "buffers", "state", "average", "loop")
 
 
 class CheckpointError(ModulaError, ValueError):
-    """A file is no checkpoint of this library."""
+    """A file is no checkpoint of this library, or not one that can be gone on from."""
 
 
 class Checkpoint(NamedTuple):
@@ -29,6 +33,8 @@ class Checkpoint(NamedTuple):
         state: the tensors of the optimizer's state by name: of the field, and below it of the weight where there are many.
         average: averaged weights and running statistics, by the names of both.
         metadata: texts by name, such as the step.
+        loop: what else the training loop needs to go on as if it had never ended, by name; empty where nobody goes on.
+        format: version of the file's layout.
     """
 
     params: dict[str, Tensor]
@@ -36,6 +42,8 @@ class Checkpoint(NamedTuple):
     state: dict[str, Tensor]
     average: dict[str, Tensor]
     metadata: dict[str, str]
+    loop: dict[str, Tensor] = {}  # noqa: RUF012 (a named tuple's default, which nothing writes to)
+    format: int = FORMAT
 
 
 def save(
@@ -45,6 +53,7 @@ def save(
     metadata: Mapping[str, str],
     buffers: Mapping[str, Tensor] | None = None,
     average: Mapping[str, Tensor] | None = None,
+    loop: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint; a reader, or a crash, finds the old file or the new one, never half of one.
 
@@ -55,16 +64,20 @@ def save(
         metadata: texts to keep with them.
         buffers: running statistics by name.
         average: averaged weights and running statistics by name.
+        loop: other tensors to keep, by name.
+
+    Raises:
+        OSError: the file could not be written, and the old one is still there.
     """
     require("writing a checkpoint", "safetensors")
     from safetensors.torch import save as serialised
 
-    parts = zip(_PARTS, (params, buffers or {}, state, average or {}), strict=True)
+    parts = zip(_PARTS, (params, buffers or {}, state, average or {}, loop or {}), strict=True)
     # Fields of a state may share memory, which safetensors refuses to write.
     tensors = {
         name: value.detach().cpu().clone().contiguous() for part, values in parts for name, value in _flat(part, values)
     }
-    replace(path, serialised(tensors, dict(metadata)))
+    replace(path, serialised(tensors, {**metadata, _FORMAT_KEY: str(FORMAT)}))
 
 
 def _flat(path: str, value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -85,7 +98,7 @@ def load(path: Path) -> Checkpoint:
     """Read what ``save`` wrote.
 
     Raises:
-        CheckpointError: the file is missing or is not a checkpoint.
+        CheckpointError: the file is missing, is not a checkpoint, or is of a later version.
     """
     require("reading a checkpoint", "safetensors")
     from safetensors import SafetensorError, safe_open
@@ -94,20 +107,39 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint {path}. Name a file that a training run has written.")
     try:
         with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             metadata = file.metadata() or {}
+            version = _version(metadata.pop(_FORMAT_KEY, "0"), path)
+            # copies lie in memory as torch allocates it: sums may be rounded otherwise where tensors are aligned otherwise
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}. Name another, or train again.") from error
-    params, buffers, state, average = (
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: {error}. Name another, or train again."
+        ) from error
+    params, buffers, state, average, loop = (
         {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
         for part in _PARTS
     )
-    if not params or len(params) + len(buffers) + len(state) + len(average) != len(tensors):
+    if not params or len(params) + len(buffers) + len(state) + len(average) + len(loop) != len(tensors):
         raise CheckpointError(
             f"{path} holds tensors named {', '.join(sorted(tensors)[:3])}, but a checkpoint's begin with "
             f"{', '.join(_PARTS)} and a dot. Name a file that a training run has written."
         )
-    return Checkpoint(params, buffers, state, average, metadata)
+    return Checkpoint(params, buffers, state, average, metadata, loop, version)
+
+
+def _version(text: str, path: Path) -> int:
+    """The version that a file says it has, if this library can read it."""
+    if not text.isdecimal():
+        raise CheckpointError(
+            f"{path} says that it has the format {text!r}, which is no number. It was written by another program; name a file that "
+            "a training run has written."
+        )
+    if int(text) > FORMAT:
+        raise CheckpointError(
+            f"{path} has the format {text}, but this version of modula_agd reads formats up to {FORMAT}. A later version wrote it: "
+            "install that one."
+        )
+    return int(text)
 
 
 def state_like(example: "State", tensors: Mapping[str, Tensor]) -> "State":
@@ -141,25 +173,5 @@ def _filled(example: Any, tensors: dict[str, Tensor], path: str) -> Any:
             f"the checkpoint's {path} has shape {tuple(tensors[path].shape)}, where {tuple(example.shape)} was expected. It belongs to "
             "another network; start from method.init."
         )
-    return tensors[path]
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file through a temporary one beside it, so that ``path`` is never half written.
-
-    Args:
-        path: in an existing folder; replaced if there.
-        content: the whole file.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        # a full disk is reported without the file's name
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    # where and in what precision the example is: a clock, say, is on the CPU wherever the rest may be
+    return tensors[path].to(example)

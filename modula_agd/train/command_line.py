@@ -4,8 +4,10 @@ import argparse
 import os
 import platform
 import re
+import signal
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,24 @@ from modula_agd.device import usable
 from modula_agd.error import InvalidArgument, ModulaError, UnknownBound
 from modula_agd.train.architecture import fitting, settled
 from modula_agd.train.catalogue import check, kind, task
+from modula_agd.train.checkpoint import Checkpoint
+from modula_agd.train.continuing import clock, finished
 from modula_agd.train.extras import require
+from modula_agd.train.facts import TextFacts
+from modula_agd.train.journal import read
 from modula_agd.train.loop import Outcome, Schedule, train
 from modula_agd.train.objective import LOSSES
-from modula_agd.train.options import DATA_OPTIONS, METHOD, METHODS_ABOUT, NETWORK_OPTIONS, add_train, given
+from modula_agd.train.options import DATA_OPTIONS, METHOD, METHODS_ABOUT, NETWORK_OPTIONS, add_train, filled, given
 from modula_agd.train.plot import plot
 from modula_agd.train.recipe import Recipe
-from modula_agd.train.run_folder import RunFolder, fresh
+from modula_agd.train.record import NotSaved
+from modula_agd.train.resuming import resumption
+from modula_agd.train.run_folder import Evaluation, RunFolder, fresh
 from modula_agd.train.task import Task
+from modula_agd.train.text import TEXT
+
+_SIGNALLED = 128
+"""A shell's exit status of a process that a signal ended is this, and the signal's number."""
 
 
 class TrainingFailed(ModulaError, RuntimeError):
@@ -49,12 +61,15 @@ def run(options: argparse.Namespace) -> int:
     """Train as the options say.
 
     Returns:
-        Exit status: 0 done, 130 interrupted (what there is was saved).
+        Exit status: 0 done; 130 or 143 stopped by SIGINT or SIGTERM (what there is was saved).
     """
     require("modula-agd train", "matplotlib", "safetensors", "tqdm")
     if options.quiet:
         # what the datasets library asks when it is imported, which happens where it is needed alone
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    again = None if options.resume is None else resumption(options)
+    options = filled(options) if again is None else again.options
+    saved = None if again is None else again.saved
     if options.threads:
         torch.set_num_threads(options.threads)
     network, data = given(options, NETWORK_OPTIONS), given(options, DATA_OPTIONS)
@@ -63,7 +78,10 @@ def run(options: argparse.Namespace) -> int:
     check(options.data, data)
     device = chosen(options.device)
     folder = RunFolder(options.out) if options.out else fresh(Path("runs"), _run_name(options))
-    folder.check(overwrite=options.overwrite)
+    if again is None:
+        folder.check(overwrite=options.overwrite)
+    if saved is not None and finished(saved, options.steps):
+        return _told_to_be_finished(options, sizes, saved, folder)
 
     with _explained(folder):
         source = task(options.data, options.data_dir, flat=architecture.takes == "rows", device=device, **data)
@@ -73,17 +91,28 @@ def run(options: argparse.Namespace) -> int:
     recipe = Recipe(options.arch, sizes, logits, source.facts)
     method = _method(options, recipe)
     schedule = _schedule(options, source)
+    config = _config(options, sizes, schedule, folder, source) if again is None else again.config
+    config |= {"device": str(device), "versions": _versions()}
     print(method.network)
     print(f"\n{source}; {schedule.steps:,} steps of {source.shown(schedule.batch_size)} on {device}")
-    folder.create(_config(options, sizes, schedule, folder, device))
+    if saved is None:
+        folder.create(config)
+    else:
+        print(f"goes on after {int(saved.metadata['step']):,} steps")
+        folder.take_up(config)
 
-    with _explained(folder):
-        outcome = train(method, source, schedule, folder, recipe=recipe, progress=not options.quiet)
-    if outcome.history:
-        sized = ", ".join(f"{name} {value}" for name, value in sizes.items() if name in ("depth", "width"))
-        plot(outcome.history, folder.plot, f"{options.data}, {options.arch} ({sized}), {options.method}")
+    with _explained(folder), _warned():
+        outcome = train(
+            method, source, schedule, folder, recipe=recipe, config=config, resume=saved, progress=not options.quiet
+        )
     _report(outcome, folder, source)
-    return 130 if outcome.interrupted else 0
+    if not outcome.saved:
+        raise TrainingFailed(
+            f"the run has made {outcome.steps:,} steps, but the last of them could not be saved. Make room, then go on from the "
+            f"checkpoint before: modula-agd train --resume {folder.path}"
+        )
+    _draw(options, sizes, outcome.history, folder)
+    return 0 if outcome.stopped is None else _SIGNALLED + outcome.stopped
 
 
 def chosen(name: str) -> torch.device:
@@ -109,9 +138,31 @@ def _explained(folder: RunFolder) -> Iterator[None]:
         raise TrainingFailed(f"training ended early: {reason}. {remedy}{kept}") from error
 
 
+@contextmanager
+def _warned() -> Iterator[None]:
+    """Show what could not be saved as one line each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", NotSaved)
+        show = warnings.showwarning
+
+        def line(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+            if issubclass(category, NotSaved):
+                print(f"warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, *rest)
+
+        warnings.showwarning = line
+        yield
+
+
 def _report(outcome: Outcome, folder: RunFolder, source: Task) -> None:
-    if outcome.interrupted:
-        print(f"interrupted after {outcome.steps:,} steps; what there is was saved", file=sys.stderr)
+    if outcome.stopped is not None:
+        how = (
+            "interrupted" if outcome.stopped == signal.SIGINT else f"stopped by {signal.Signals(outcome.stopped).name}"
+        )
+        print(f"{how} after {outcome.steps:,} steps", end="", file=sys.stderr)
+        kept = f"; what there is was saved. Go on with: modula-agd train --resume {folder.path}"
+        print(kept if outcome.saved else "", file=sys.stderr)
     if outcome.history:
         last = outcome.history[-1]
         loss = "not finite" if last.val_loss is None else f"{last.val_loss:.4f}"
@@ -121,6 +172,22 @@ def _report(outcome: Outcome, folder: RunFolder, source: Task) -> None:
             f"at step {last.step:,} ({last.seconds:.1f} s)"
         )
     print(f"run folder: {folder.path}")
+
+
+def _told_to_be_finished(
+    options: argparse.Namespace, sizes: dict[str, Any], saved: Checkpoint, folder: RunFolder
+) -> int:
+    """Say that nothing is left to do, and draw what a kill behind the last step has left undrawn."""
+    if not folder.plot.exists():
+        _draw(options, sizes, read(folder.log, clock(saved).log), folder)
+    print(f"the run in {folder.path} is finished: its {int(saved.metadata['step']):,} steps are made")
+    return 0
+
+
+def _draw(options: argparse.Namespace, sizes: dict[str, Any], history: Sequence[Evaluation], folder: RunFolder) -> None:
+    if history:
+        sized = ", ".join(f"{name} {value}" for name, value in sizes.items() if name in ("depth", "width"))
+        plot(history, folder.plot, f"{options.data}, {options.arch} ({sized}), {options.method}")
 
 
 def _method(options: argparse.Namespace, recipe: Recipe) -> Method:
@@ -137,24 +204,31 @@ def _method(options: argparse.Namespace, recipe: Recipe) -> Method:
 def _schedule(options: argparse.Namespace, source: Task) -> Schedule:
     per_epoch = source.per_epoch(options.batch_size)
     steps = options.steps or options.epochs * per_epoch
-    return Schedule(steps, options.batch_size, options.eval_every or per_epoch, options.seed)
+    return Schedule(steps, options.batch_size, options.eval_every or per_epoch, options.seed, options.checkpoint_every)
 
 
 def _config(
-    options: argparse.Namespace, sizes: dict[str, Any], schedule: Schedule, folder: RunFolder, device: torch.device
+    options: argparse.Namespace, sizes: dict[str, Any], schedule: Schedule, folder: RunFolder, source: Task
 ) -> dict[str, Any]:
-    asked = {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items() if name != "run"
-    }
+    asked = {name: value for name, value in vars(options).items() if name not in ("run", "resume")}
+    # a run may be gone on with from elsewhere; a text that is named by its file is found from where the run was begun
+    place = options.data_dir or (Path() if options.data.startswith(TEXT) else None)
     resolved = {
         "out": str(folder.path),
-        "device": str(device),
+        "data_dir": None if place is None else str(place.absolute()),
         "epochs": None if options.steps else options.epochs,
         "steps": schedule.steps,
         "eval_every": schedule.eval_every,
+        # sums are rounded otherwise by another number
+        "threads": torch.get_num_threads(),
     }
-    versions = {"modula_agd": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    return asked | sizes | resolved | {"versions": versions}
+    if isinstance(source.facts, TextFacts):
+        resolved["context"] = source.facts.context
+    return asked | sizes | resolved
+
+
+def _versions() -> dict[str, str]:
+    return {"modula_agd": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _run_name(options: argparse.Namespace) -> str:

@@ -1,7 +1,7 @@
 """Classification data sets by name, held in memory: labelled images, standardised per channel."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from modula_agd.error import InvalidArgument
 from modula_agd.train.extras import require
 from modula_agd.train.facts import ImageFacts, measured
+from modula_agd.train.fingerprint import digest
 from modula_agd.train.pixels import DataError, Pixels, from_hub, from_parquet
 
 HUB = "hub:"
@@ -43,11 +44,13 @@ class Classification:
         facts: what the images are.
         train: examples to learn from.
         validation: examples held out.
+        fingerprint: of the pixels and labels, by which they are known again.
     """
 
     facts: ImageFacts
     train: Examples
     validation: Examples
+    fingerprint: str | None = None
 
     @property
     def name(self) -> str:
@@ -71,7 +74,7 @@ class Classification:
 
     def to(self, device: torch.device | str) -> "Classification":
         """The same data set on another device."""
-        return Classification(self.facts, self.train.to(device), self.validation.to(device))
+        return replace(self, train=self.train.to(device), validation=self.validation.to(device))
 
 
 def classification(name: str, folder: Path | None = None) -> Classification:
@@ -116,7 +119,7 @@ def data_file(name: str, folder: Path | None, file: str) -> Path:
 
 
 def batches(
-    count: int, size: int, generator: torch.Generator, device: torch.device | str = "cpu"
+    count: int, size: int, generator: torch.Generator, device: torch.device | str = "cpu", start: int = 0
 ) -> Iterator[Int[Tensor, " batch"]]:
     """Indices of minibatches without end: one freshly shuffled epoch after another.
 
@@ -127,10 +130,16 @@ def batches(
         size: samples per batch, ≥ 1.
         generator: source of the shuffles, on the CPU, so that every device sees the same batches.
         device: where the indices shall live.
+        start: batches to leave out, ≥ 0.
     """
+    per_epoch = batches_per_epoch(count, size)
+    epochs, first = divmod(start, per_epoch)
+    for _ in range(epochs):
+        torch.randperm(count, generator=generator)
     while True:
         order = torch.randperm(count, generator=generator).to(device)
-        yield from order.split(size)[: batches_per_epoch(count, size)]
+        yield from order.split(size)[first:per_epoch]
+        first = 0
 
 
 def batches_per_epoch(count: int, size: int) -> int:
@@ -158,6 +167,7 @@ def _from_pixels(name: str, splits: dict[str, Pixels], classes: int | None) -> C
         facts,
         Examples(facts.standardised(train.images), train.labels),
         Examples(facts.standardised(test.images), test.labels),
+        digest(tensor for split in (train, test) for tensor in (split.images, split.labels)),
     )
 
 

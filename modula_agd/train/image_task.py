@@ -36,6 +36,10 @@ class ImageTask:
         return self.data.train.inputs.device
 
     @property
+    def fingerprint(self) -> str | None:
+        return self.data.fingerprint
+
+    @property
     def held_out(self) -> str:
         return "test"
 
@@ -54,10 +58,12 @@ class ImageTask:
     def shown(self, batch_size: int) -> int:
         return min(batch_size, len(self.data.train.labels))
 
-    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         images, labels = self.data.train
         noise = stream(seed, AUGMENTATION)
-        for chosen in batches(len(labels), batch_size, stream(seed, 0), self.device):
+        if self.augment:
+            self._augmentation.skip(noise, start)
+        for chosen in batches(len(labels), batch_size, stream(seed, 0), self.device, start):
             batch = images.index_select(0, chosen)
             if self.augment:
                 batch = self._augmentation(batch, noise)

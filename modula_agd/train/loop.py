@@ -1,30 +1,27 @@
-"""The training loop: minibatches, one pure update each, an evaluation now and then."""
+"""The training loop: minibatches, one pure update each, an evaluation and a checkpoint now and then."""
 
-import time
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from modula_agd import Method, State
-from modula_agd.averaging import averaged
 from modula_agd.error import InvalidArgument
-from modula_agd.train.checkpoint import save
+from modula_agd.train.checkpoint import Checkpoint
+from modula_agd.train.continuing import Clock, clock, taken_up
 from modula_agd.train.extras import require
-from modula_agd.train.meter import Meter, finite
-from modula_agd.train.objective import aiming
-from modula_agd.train.recipe import KEY, Recipe
+from modula_agd.train.journal import read
+from modula_agd.train.meter import Meter
+from modula_agd.train.recipe import Recipe
+from modula_agd.train.record import Record
 from modula_agd.train.run_folder import Evaluation, RunFolder
-from modula_agd.train.seeds import DROPOUT, stream
-from modula_agd.train.task import Batch, Task
+from modula_agd.train.stopping import Stop, stopping
+from modula_agd.train.task import Task
+from modula_agd.train.trainer import Point, Tensors, Trainer, looked_at
 
 _SHOW_EVERY = 20
 # Without gradients a network keeps little of a batch, so that small ones need not be evaluated in small ones.
 _EVALUATION_BATCH = 256
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,16 +33,19 @@ class Schedule:
         batch_size: samples per minibatch, ≥ 1; the whole training set where it has fewer.
         eval_every: updates between evaluations, ≥ 1.
         seed: of the initial weights, the batches, the augmentation and the dropout.
+        checkpoint_every: updates between checkpoints, ≥ 1; None for one every five minutes. Each evaluation writes one too.
     """
 
     steps: int
     batch_size: int
     eval_every: int
     seed: int
+    checkpoint_every: int | None = None
 
     def __post_init__(self) -> None:
-        for what in ("steps", "batch_size", "eval_every"):
-            if getattr(self, what) < 1:
+        for what in ("steps", "batch_size", "eval_every", "checkpoint_every"):
+            value = getattr(self, what)
+            if value is not None and value < 1:
                 raise InvalidArgument(f"a schedule was made with {what}={getattr(self, what)}; it must be at least 1")
 
 
@@ -61,7 +61,8 @@ class Outcome:
         state: the optimizer's last state.
         steps: updates made.
         history: one evaluation per line of the log.
-        interrupted: whether the user stopped it.
+        stopped: the signal that stopped it, such as ``signal.SIGTERM``; None where it came to its end.
+        saved: whether all of this is in the checkpoint; True where there is no run folder.
     """
 
     params: Tensors
@@ -70,71 +71,13 @@ class Outcome:
     state: State
     steps: int
     history: tuple[Evaluation, ...]
-    interrupted: bool
+    stopped: int | None
+    saved: bool
 
-
-@dataclass(frozen=True)
-class _Point:
-    """Where training stands; a step makes a new one."""
-
-    params: Tensors
-    buffers: Tensors
-    average: Tensors
-    state: State
-    step: int
-
-
-class _Trainer:
-    """What one run computes with; holds nothing that changes but the generator of dropout."""
-
-    def __init__(self, method: Method, task: Task, seed: int) -> None:
-        self.method, self.task = method, task
-        self.aims = aiming(method.loss, task.facts.classes, task.device)
-        self.generator = stream(seed, DROPOUT, task.device)
-        self.gradient = torch.func.grad_and_value(self._training_loss, has_aux=True)
-
-    def start(self, seed: int) -> _Point:
-        network, device = self.method.network, self.task.device
-        params = network.init(seed, device=device)
-        buffers = network.buffers(device)
-        return _Point(params, buffers, {**params, **buffers}, self.method.init(params), 0)
-
-    def _average(self, point: _Point, moved: Tensors, buffers: Tensors) -> Tensors:
-        """What to evaluate after a step; steps along the batch's own gradient are judged by the weights that they lead to."""
-        if self.method.momentum is None:
-            return {**moved, **buffers}
-        return averaged(point.average if point.step else None, {**moved, **buffers}, point.step + 1)
-
-    def _training_loss(self, params: Tensors, buffers: Tensors, inputs: Tensor, aims: Tensor) -> tuple[Tensor, Any]:
-        outputs, renewed = self.method.network.run(params, inputs, buffers, self.generator)
-        return self.method.loss(outputs, aims), (outputs, renewed)
-
-    def step(self, point: _Point, batch: Batch, meter: Meter) -> tuple[_Point, Tensors]:
-        """The next point, and the updates that led to it."""
-        aims = self.aims(batch.labels)
-        method, params = self.method, point.params
-        # of the masks that the gradient is about to draw
-        evidence = (
-            method.evidence(params, batch.inputs, aims, self.generator.clone_state()) if method.needs_evidence else None
-        )
-        grads, (value, (outputs, renewed)) = self.gradient(params, point.buffers, batch.inputs, aims)
-        updates, state = method.update(grads, point.state, params, evidence=evidence, value=value)
-        meter.add(value, outputs, batch.labels)
-        moved = {name: weight + updates[name] if name in updates else weight for name, weight in params.items()}
-        return _Point(moved, renewed, self._average(point, moved, renewed), state, point.step + 1), updates
-
-    def evaluated(self, point: _Point, batch_size: int) -> tuple[float | None, float | None]:
-        """Mean loss and accuracy on the held-out data, with averaged weights."""
-        meter = Meter()
-        mean = {
-            name: value.to(point.params[name].dtype) if name in point.params else value
-            for name, value in point.average.items()
-        }
-        with torch.no_grad():
-            for inputs, labels in self.task.evaluation(batch_size):
-                outputs = self.method.network(mean, inputs, mean)
-                meter.add(self.method.loss(outputs, self.aims(labels)), outputs, labels)
-        return meter.means()
+    @property
+    def interrupted(self) -> bool:
+        """Whether the user stopped it."""
+        return self.stopped is not None
 
 
 def train(
@@ -144,83 +87,103 @@ def train(
     run: RunFolder | None = None,
     *,
     recipe: Recipe | None = None,
+    config: Mapping[str, Any] | None = None,
+    resume: Checkpoint | None = None,
     progress: bool = False,
 ) -> Outcome:
-    """Train a network from fresh weights on the task's device.
+    """Train a network on the task's device, from fresh weights or from a checkpoint.
+
+    SIGINT and SIGTERM, where this runs in the main thread, end the run after its step with what there is, a checkpoint of it
+    included; a second one ends the process.
 
     Args:
         method: made for a network that takes the task's inputs and gives one output per class.
         task: where the batches come from.
-        schedule: how long, and how often to evaluate.
-        run: a folder without a log, made if it is not there, for the log and, at each evaluation, the checkpoint.
+        schedule: how long, and how often to evaluate and to write.
+        run: a folder for the log and the checkpoint, made if it is not there; without a log, unless ``resume`` is given.
         recipe: of the network, for the checkpoint, so that ``restore`` can build it again.
+        config: what JSON can hold, for the checkpoint: what the run was asked for.
+        resume: a checkpoint to go on from, ``load(run.checkpoint)``: on a CPU with the same versions and number of threads the
+            run then ends bit for bit as if it had not been stopped. Lines that the log has beyond it are dropped.
         progress: show a bar with loss, accuracy and η.
 
     Returns:
         The outcome; also after a ``KeyboardInterrupt``, which ends the run with what there is.
 
     Raises:
-        InvalidArgument: the folder holds the log of another run.
-        NonFiniteGradient: a gradient held NaN or infinity; weights, log and checkpoint are as of the last evaluation.
+        InvalidArgument: the folder holds the log of another run, or the checkpoint is not of this schedule or these data.
+        CheckpointError: the checkpoint is not of this network and method, or not that of the log.
+        NonFiniteGradient: a gradient held NaN or infinity; weights, log and checkpoint are as of the last evaluation, or of a
+            checkpoint since.
+        OSError: the first checkpoint could not be written; one that fails later is a ``NotSaved`` warning.
     """
     require("the progress bar", "tqdm")
     from tqdm import tqdm
 
-    if run is not None:
+    if run is not None and resume is None:
         run.begin()
-    trainer = _Trainer(method, task, schedule.seed)
-    point, meter = trainer.start(schedule.seed), Meter()
-    per_epoch = task.per_epoch(schedule.batch_size)
-    history: list[Evaluation] = []
-    interrupted = False
-    start = time.perf_counter()
-
-    def keep() -> None:
-        if run is not None:
-            about = {} if recipe is None else {KEY: str(recipe)}
-            metadata = {"step": str(point.step), "seed": str(schedule.seed), **about}
-            save(run.checkpoint, point.params, point.state, metadata, point.buffers, point.average)
-
-    def evaluate(relative_update: dict[str, float | None]) -> None:
-        nonlocal meter
-        figures = *meter.means(), *trainer.evaluated(point, max(schedule.batch_size, _EVALUATION_BATCH))
-        eta = float(point.state.eta) if point.step else None
-        seconds = round(time.perf_counter() - start, 3)
-        history.append(
-            Evaluation(point.step, round(point.step / per_epoch, 6), *figures, eta, seconds, relative_update)
-        )
-        meter = Meter()
-        if run is not None:
-            run.append(history[-1])
-        keep()
-
-    with tqdm(total=schedule.steps, unit="step", disable=not progress, dynamic_ncols=True) as bar:
+    trainer = Trainer(method, task, schedule.seed)
+    start = trainer.start(schedule.seed) if resume is None else taken_up(resume, trainer, schedule)
+    used = Clock(0.0, 0) if resume is None else clock(resume)
+    earlier = () if run is None else read(run.log, used.log)
+    record = Record(run, earlier, used, schedule=schedule, task=task, recipe=recipe, config=config)
+    with (
+        stopping() as stop,
+        tqdm(total=schedule.steps, initial=start.step, unit="step", disable=not progress, dynamic_ncols=True) as bar,
+    ):
+        point = start
         try:
-            evaluate({})
-            stream_of_batches = task.batches(schedule.batch_size, schedule.seed)
-            for _, batch in zip(range(schedule.steps), stream_of_batches, strict=False):
-                before = point
-                point, updates = trainer.step(point, batch, meter)
-                due = point.step % schedule.eval_every == 0 or point.step == schedule.steps
-                if due or point.step % _SHOW_EVERY == 0:
-                    _show(bar, meter, point.state)
-                if due:
-                    method.check(point.state)
-                    evaluate(_relative(updates, before.params))
-                bar.update()
+            for point in _points(trainer, start, schedule, record, stop, bar):  # noqa: B007 (what counts is the last one)
+                pass
         except KeyboardInterrupt:
-            interrupted = True
-    if interrupted:
-        keep()
-    return Outcome(point.params, point.buffers, point.average, point.state, point.step, tuple(history), interrupted)
+            stop.signal = signal.SIGINT
+        saved = record.keep(point)
+    return Outcome(
+        point.params, point.buffers, point.average, point.state, point.step, tuple(record.history), stop.signal, saved
+    )
 
 
-def _relative(updates: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, float | None]:
-    """‖ΔW‖_F/‖W‖_F of each updated parameter, None where W is 0."""
-    if not updates:
-        return {}
-    ratios = torch.stack([update.norm().float() / params[name].norm().float() for name, update in updates.items()])
-    return {name: finite(ratio) for name, ratio in zip(updates, ratios.tolist(), strict=True)}
+def _points(
+    trainer: Trainer, point: Point, schedule: Schedule, record: Record, stop: Stop, bar: Any
+) -> Iterator[Point]:
+    """Each point from here to the end of the schedule, or until told to stop, once its step or its evaluation is done."""
+    task, eval_batch = trainer.task, max(schedule.batch_size, _EVALUATION_BATCH)
+    per_epoch = task.per_epoch(schedule.batch_size)
+    begin = (point.step,) if point.step else ()
+    batches = task.batches(schedule.batch_size, schedule.seed, *begin)
+    while not stop:
+        if point.due is not None:
+            held_out = trainer.evaluated(point, eval_batch, stop)
+            if held_out is None:
+                return
+            record.add(_evaluation(point, per_epoch, held_out, record.seconds))
+            point = looked_at(point)
+            yield point
+            record.keep(point, must=point.step == 0)
+        if point.step >= schedule.steps or stop:
+            return
+        batch = next(batches, None)
+        if batch is None:
+            return
+        count = point.step + 1
+        due = count % schedule.eval_every == 0 or count == schedule.steps
+        point = trainer.step(point, batch, due=due)
+        yield point
+        if due or count % _SHOW_EVERY == 0:
+            _show(bar, point.meter, point.state)
+        if due or record.due(point, schedule.checkpoint_every):
+            trainer.method.check(point.state)
+            if not due:
+                record.keep(point)
+        bar.update()
+
+
+def _evaluation(
+    point: Point, per_epoch: int, held_out: tuple[float | None, float | None], seconds: float
+) -> Evaluation:
+    eta = float(point.state.eta) if point.step else None
+    epoch = round(point.step / per_epoch, 6)
+    return Evaluation(point.step, epoch, *point.meter.means(), *held_out, eta, round(seconds, 3), point.due or {})
 
 
 def _show(bar: Any, meter: Meter, state: State) -> None:

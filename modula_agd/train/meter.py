@@ -1,23 +1,29 @@
 """Means of loss and accuracy over batches."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class Meter:
-    """Sums of loss and hits, kept on the device so that a step waits for nothing."""
+    """Sums of loss and hits, kept on the device so that a step waits for nothing.
 
-    def __init__(self) -> None:
-        self._count = 0
-        self._sums: Float[Tensor, " 2"] | None = None
+    Args:
+        count: what has been counted.
+        sums: of losses and of hits; None before the first.
+    """
 
-    def add(
+    count: int = 0
+    sums: Float[Tensor, " 2"] | None = None
+
+    def plus(
         self, loss: Float[Tensor, ""], outputs: Float[Tensor, "batch *time classes"], labels: Int[Tensor, "batch *time"]
-    ) -> None:
-        """Count a batch.
+    ) -> "Meter":
+        """The same with a batch more.
 
         Args:
             loss: its mean loss.
@@ -27,15 +33,14 @@ class Meter:
         count = labels.numel()
         hits = (outputs.argmax(-1) == labels).sum()
         sums = torch.stack((loss.detach().float() * count, hits.float()))
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._count += count
+        return Meter(self.count + count, sums if self.sums is None else self.sums + sums)
 
     def means(self) -> tuple[float | None, float | None]:
         """Mean loss (None where not finite) and the share of right predictions; waits for the device."""
-        if self._sums is None:
+        if self.sums is None:
             return None, None
-        loss, hits = self._sums.tolist()
-        return finite(loss / self._count), hits / self._count
+        loss, hits = self.sums.tolist()
+        return finite(loss / self.count), hits / self.count
 
 
 def finite(value: float) -> float | None:

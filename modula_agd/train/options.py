@@ -22,6 +22,17 @@ METHODS_ABOUT = {
     "certified": "never raises the loss of a full batch; needs --arch linear",
 }
 
+DEFAULTS: dict[str, Any] = {
+    "batch_size": 128,
+    "arch": "fcn",
+    "loss": "cross-entropy",
+    "method": METHOD,
+    "epochs": 10,
+    "seed": 0,
+    "device": "auto",
+}
+"""What ``train`` takes where nothing is given; the parser says None, so that ``--resume`` can tell what was given."""
+
 DATA_OPTIONS = ("augment", "context", "workers")
 NETWORK_OPTIONS = tuple(dict.fromkeys(name for each in ARCHITECTURES.values() for name in each.options))
 
@@ -62,15 +73,15 @@ def number(least: float, below: float) -> Callable[[str], float]:
     return parse
 
 
-def add_seed(group: argparse._ActionsContainer, about: str) -> None:
+def add_seed(group: argparse._ActionsContainer, about: str, default: int | None = 0) -> None:
     """``--seed``, which torch's generators take up to 2⁶³ − 1."""
-    group.add_argument("--seed", type=integer(0), default=0, metavar="N", help=f"{about} (default: 0)")
+    group.add_argument("--seed", type=integer(0), default=default, metavar="N", help=f"{about} (default: 0)")
 
 
-def add_device(group: argparse._ActionsContainer) -> None:
+def add_device(group: argparse._ActionsContainer, default: str | None = "auto") -> None:
     """``--device``."""
     group.add_argument(
-        "--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
+        "--device", default=default, metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
     )
 
 
@@ -78,17 +89,15 @@ def add_train(command: argparse.ArgumentParser) -> None:
     """Every argument of ``train``."""
     natural = integer(1)
     data = command.add_argument_group("data")
-    data.add_argument(
-        "--data", type=_data_name, required=True, metavar="NAME", help=f"one of {', '.join(EVERY_NAME)} (of the hub)"
-    )
+    data.add_argument("--data", type=_data_name, metavar="NAME", help=f"one of {', '.join(EVERY_NAME)} (of the hub)")
     data.add_argument(
         "--data-dir",
         type=Path,
         metavar="DIR",
         help="folder with train.parquet and test.parquet; with train/CLASS/*.jpg and val/CLASS/*.jpg (imagenet); with input.txt "
-        "(shakespeare); or with a folder NAME that holds them. digits needs none",
+        "(shakespeare); or with a folder NAME that holds them; or where FILE is. digits needs none",
     )
-    data.add_argument("--batch-size", type=natural, default=128, metavar="N", help="samples per step (default: 128)")
+    data.add_argument("--batch-size", type=natural, metavar="N", help="samples per step (default: 128)")
     data.add_argument(
         "--augment",
         action="store_const",
@@ -113,9 +122,7 @@ def add_train(command: argparse.ArgumentParser) -> None:
 def _add_network(group: argparse._ActionsContainer) -> None:
     natural = integer(1)
     families = "; ".join(f"{name}: {each.about}" for name, each in ARCHITECTURES.items())
-    group.add_argument(
-        "--arch", choices=list(ARCHITECTURES), default="fcn", help=f"architecture (default: fcn). {families}"
-    )
+    group.add_argument("--arch", choices=list(ARCHITECTURES), help=f"architecture (default: fcn). {families}")
     group.add_argument("--depth", type=natural, metavar="N", help=f"layers or blocks {_defaults('depth')}")
     group.add_argument("--width", type=natural, metavar="N", help=f"hidden features or channels {_defaults('width')}")
     group.add_argument("--heads", type=natural, metavar="N", help=f"attention heads {_defaults('heads')}")
@@ -129,7 +136,7 @@ def _add_network(group: argparse._ActionsContainer) -> None:
         help=f"residual connections: convex, whose depth is that of one block, or the usual sum {_defaults('form')}",
     )
     group.add_argument("--dropout", type=number(0, 1), metavar="P", help=f"share left out {_defaults('dropout')}")
-    group.add_argument("--loss", choices=list(LOSSES), default="cross-entropy", help="(default: cross-entropy)")
+    group.add_argument("--loss", choices=list(LOSSES), help="(default: cross-entropy)")
 
 
 def _add_run(group: argparse._ActionsContainer) -> None:
@@ -137,24 +144,50 @@ def _add_run(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--method",
         choices=list(METHODS),
-        default=METHOD,
         help=f"how the step is chosen (default: {METHOD}). "
         + "; ".join(f"{name}: {METHODS_ABOUT[name]}" for name in METHODS if name in METHODS_ABOUT),
     )
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=natural, default=10, metavar="N", help="passes over the data (default: 10)")
+    length.add_argument("--epochs", type=natural, metavar="N", help="passes over the data (default: 10)")
     length.add_argument("--steps", type=natural, metavar="N", help="updates, instead of --epochs")
     group.add_argument(
         "--eval-every", type=natural, metavar="N", help="updates between evaluations (default: an epoch)"
     )
-    add_seed(group, "of weights, batches, augmentation and dropout")
-    add_device(group)
+    group.add_argument(
+        "--checkpoint-every",
+        type=natural,
+        metavar="N",
+        help="updates between checkpoints; every evaluation writes one too (default: one every five minutes)",
+    )
+    add_seed(group, "of weights, batches, augmentation and dropout", None)
+    add_device(group, None)
     group.add_argument(
         "--threads", type=integer(1, 1024), metavar="N", help="processor threads (default: torch's choice)"
     )
     group.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one under runs/)")
+    group.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN_FOLDER",
+        help="go on with a run that was stopped or killed, with its own options, to the same end as without the break",
+    )
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def filled(options: argparse.Namespace) -> argparse.Namespace:
+    """The options of a new run, defaults where nothing is given.
+
+    Raises:
+        InvalidArgument: no data are named.
+    """
+    if options.data is None:
+        raise InvalidArgument(
+            f"modula-agd train was asked for without data. Name them with --data: one of {', '.join(EVERY_NAME)}; or name a run to go on "
+            "with by --resume."
+        )
+    mine = {name: value for name, value in vars(options).items() if value is not None}
+    return argparse.Namespace(**{**vars(options), **DEFAULTS, **mine})
 
 
 def given(options: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:

@@ -4,8 +4,8 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from modula_agd.train.checkpoint import replace
 from modula_agd.train.extras import require
+from modula_agd.train.files import replace
 from modula_agd.train.run_folder import Evaluation
 
 _MANY = 10

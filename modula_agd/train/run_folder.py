@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from modula_agd.error import InvalidArgument
-from modula_agd.train.checkpoint import replace
+from modula_agd.train.files import replace, tidy
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,17 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for file in (self.log, self.checkpoint, self.config, self.plot):
             file.unlink(missing_ok=True)
+            tidy(file)
+        self.configure(config)
+
+    def take_up(self, config: Mapping[str, Any]) -> None:
+        """Go on with the run that is there: write how it is computed from now on, and drop what a kill has left half written."""
+        for file in (self.checkpoint, self.config, self.plot):
+            tidy(file)
+        self.configure(config)
+
+    def configure(self, config: Mapping[str, Any]) -> None:
+        """Write the configuration of a run that is about to begin, or to go on."""
         replace(self.config, (json.dumps(config, indent=2) + "\n").encode())
 
     def begin(self) -> None:
@@ -101,11 +112,6 @@ class RunFolder:
             raise InvalidArgument(
                 f"training was to begin in {self.path}, which holds the log of an earlier run. Name another folder, or delete it."
             )
-
-    def append(self, evaluation: Evaluation) -> None:
-        """Add one line to the log, on disk before this returns to the loop."""
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(evaluation), allow_nan=False) + "\n")
 
 
 def fresh(parent: Path, name: str) -> RunFolder:

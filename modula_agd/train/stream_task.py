@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from modula_agd.train.data import batches, batches_per_epoch
 from modula_agd.train.facts import ImageFacts, unit
+from modula_agd.train.fingerprint import listing
 from modula_agd.train.image_folder import Files, ImageFolder, crop
 from modula_agd.train.pixels import DataError
 from modula_agd.train.seeds import AUGMENTATION, stream
+from modula_agd.train.stopping import leave_to_parent
 from modula_agd.train.task import Batch
 
 Sample = tuple[UInt8[Tensor, "3 side side"], int]
@@ -41,6 +44,10 @@ class StreamTask:
     def facts(self) -> ImageFacts:
         return self.folder.facts
 
+    @cached_property
+    def fingerprint(self) -> str:
+        return listing(self.folder.train.paths, self.folder.validation.paths)
+
     @property
     def held_out(self) -> str:
         return "validation"
@@ -51,8 +58,8 @@ class StreamTask:
     def shown(self, batch_size: int) -> int:
         return min(batch_size, len(self.folder.train.paths))
 
-    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        return self._load(self.folder.train, _Shuffled(len(self.folder.train.paths), batch_size, seed))
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        return self._load(self.folder.train, _Shuffled(len(self.folder.train.paths), batch_size, seed, start))
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         order = torch.arange(len(self.folder.validation.paths)).split(batch_size)
@@ -64,6 +71,7 @@ class StreamTask:
             batch_sampler=choices,
             num_workers=self.workers,
             collate_fn=_collated,
+            worker_init_fn=leave_to_parent,
             # without one of its own the loader would advance torch's global generator
             generator=torch.Generator(),
             pin_memory=self.device.type == "cuda",
@@ -89,10 +97,13 @@ class _Shuffled:
     count: int
     size: int
     seed: int
+    start: int
 
     def __iter__(self) -> Iterator[list[Choice]]:
         noise = stream(self.seed, AUGMENTATION)
-        for chosen in batches(self.count, self.size, stream(self.seed, 0)):
+        for _ in range(self.start):
+            torch.randint(2**62, (min(self.size, self.count),), generator=noise)
+        for chosen in batches(self.count, self.size, stream(self.seed, 0), start=self.start):
             seeds = torch.randint(2**62, (len(chosen),), generator=noise)
             yield list(zip(chosen.tolist(), seeds.tolist(), strict=True))
 

@@ -49,12 +49,14 @@ class Task(Protocol):
         """Samples (or windows) that a batch really has: no more than there are."""
         ...
 
-    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Training batches without end, the same for equal arguments.
 
         Args:
             batch_size: samples (or windows) per batch, ≥ 1; all there are where there are fewer.
             seed: from 0 to 2⁶³ − 1.
+            start: batches to leave out, ≥ 0: the others come as they would have come behind them. Only a run that goes on from a
+                checkpoint passes it.
         """
         ...
 
@@ -65,3 +67,8 @@ class Task(Protocol):
     def __str__(self) -> str:
         """Sizes of both splits and the shape of a sample, for people."""
         ...
+
+
+def fingerprint(task: Task) -> str | None:
+    """What tells the data of a task from others, if it has a ``fingerprint``, as all have that ``task`` opens."""
+    return getattr(task, "fingerprint", None)

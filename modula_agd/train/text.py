@@ -1,6 +1,6 @@
 """A text as character ids, split in two, and random windows of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from modula_agd.error import InvalidArgument
 from modula_agd.train.data import data_file
+from modula_agd.train.fingerprint import digest
 from modula_agd.train.pixels import DataError
 from modula_agd.train.vocabulary import Vocabulary
 
@@ -24,16 +25,18 @@ class Characters:
         vocabulary: its distinct characters in sorted order.
         train: ids of the first 90%.
         validation: ids of the rest.
+        fingerprint: of the text, by which it is known again.
     """
 
     name: str
     vocabulary: Vocabulary
     train: Int[Tensor, " train"]
     validation: Int[Tensor, " validation"]
+    fingerprint: str | None = None
 
     def to(self, device: torch.device | str) -> "Characters":
         """The same text on another device."""
-        return Characters(self.name, self.vocabulary, self.train.to(device), self.validation.to(device))
+        return replace(self, train=self.train.to(device), validation=self.validation.to(device))
 
     def check(self, context: int) -> None:
         """Raise ``InvalidArgument`` unless windows of ``context`` characters, and their targets, fit into both splits."""
@@ -59,8 +62,11 @@ class Characters:
         self.check(context)
         if batch < 1:
             raise InvalidArgument(f"a batch of {batch} windows was asked for; it must be at least 1")
-        starts = torch.randint(len(self.train) - context, (batch,), generator=generator)
-        return windows(self.train, starts, context)
+        return windows(self.train, self.draw(generator, batch, context), context)
+
+    def draw(self, generator: torch.Generator, batch: int, context: int) -> Int[Tensor, " batch"]:
+        """Where the windows of a batch begin."""
+        return torch.randint(len(self.train) - context, (batch,), generator=generator)
 
 
 def windows(
@@ -82,16 +88,22 @@ def characters(name: str = SHAKESPEARE, folder: Path | None = None) -> Character
     """Read a text.
 
     Args:
-        name: "shakespeare", which is ``input.txt`` in ``folder`` or in ``folder/shakespeare``; or "text:FILE".
+        name: "shakespeare", which is ``input.txt`` in ``folder`` or in ``folder/shakespeare``; or "text:FILE", in
+            ``folder`` if one is given and it is there.
         folder: see above.
 
     Raises:
         DataError: the file is missing, is not UTF-8 text, or is too short to split.
     """
     if name.startswith(TEXT):
-        path = Path(name.removeprefix(TEXT))
-        if not path.is_file():
-            raise DataError(f"there is no text file {path}. Name one as {TEXT}FILE.")
+        file = Path(name.removeprefix(TEXT))
+        places = [file] if folder is None else [folder / file, file]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            raise DataError(
+                f"there is no text file {' or '.join(dict.fromkeys(map(str, places)))}. Name one as {TEXT}FILE, or its folder with "
+                "--data-dir."
+            )
     else:
         path = data_file(name, folder, "input.txt")
     try:
@@ -104,4 +116,5 @@ def characters(name: str = SHAKESPEARE, folder: Path | None = None) -> Character
         raise DataError(f"{path} holds {len(text)} characters, but at least 20 are needed to hold out a tenth.")
     points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
     distinct, ids = points.unique(return_inverse=True)
-    return Characters(name, Vocabulary("".join(map(chr, distinct.tolist()))), ids[:cut], ids[cut:])
+    vocabulary = Vocabulary("".join(map(chr, distinct.tolist())))
+    return Characters(name, vocabulary, ids[:cut], ids[cut:], digest([text]))

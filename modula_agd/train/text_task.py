@@ -38,6 +38,10 @@ class TextTask:
         return self.text.train.device
 
     @property
+    def fingerprint(self) -> str | None:
+        return self.text.fingerprint
+
+    @property
     def held_out(self) -> str:
         return "validation"
 
@@ -52,8 +56,10 @@ class TextTask:
     def shown(self, batch_size: int) -> int:
         return batch_size
 
-    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         generator = stream(seed, 0)
+        for _ in range(start):
+            self.text.draw(generator, batch_size, self.context)
         while True:
             yield Batch(*self.text.sample(generator, batch_size, self.context))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modula_agd import METHODS, MLP, CrossEntropy, InvalidArgument
-from modula_agd.train import CheckpointError, checkpoint, load, save, state_like
+from modula_agd.train import CheckpointError, files, load, save, state_like
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, trained, 
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint.os, fails, full)
+    monkeypatch.setattr(files.os, fails, full)
     with pytest.raises(OSError, match="no space left"):
         save(path, params, state, {"step": "2"})
     monkeypatch.undo()
@@ -115,7 +115,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         load(path)
     path.write_bytes(b"garbage")
-    with pytest.raises(CheckpointError, match="is not a safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
         load(path)
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(CheckpointError, match="holds tensors named weight"):
@@ -135,5 +135,5 @@ def test_a_write_that_fails_names_the_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"run\.json"):
-        checkpoint.replace(tmp_path / "run.json", b"{}")
+        files.replace(tmp_path / "run.json", b"{}")
     assert os.listdir(tmp_path) == []

@@ -34,8 +34,7 @@ from modula_agd.train import (
     load,
     train,
 )
-from modula_agd.train.loop import _Trainer
-from modula_agd.train.meter import Meter
+from modula_agd.train.trainer import Trainer
 
 
 def blobs(
@@ -117,7 +116,7 @@ def test_equal_seeds_give_equal_runs_and_others_differ():
 
 def test_evaluation_in_batches_is_the_mean_over_all():
     task, way = blobs(), method()
-    trainer = _Trainer(way, task, 0)
+    trainer = Trainer(way, task, 0)
     point = trainer.start(0)
     whole = trainer.evaluated(point, 100)
     assert trainer.evaluated(point, 5) == pytest.approx(whole, rel=1e-6)
@@ -208,7 +207,7 @@ def test_a_schedule_has_no_zero():
 def test_a_certified_step_knows_the_residual_under_the_masks_of_its_gradient():
     network = Linear(3, 8) @ Dropout(0.5) @ Linear(8, 6)
     task = blobs()
-    trainer = _Trainer(METHODS["certified"](network, SquareLoss()), task, seed=0)
+    trainer = Trainer(METHODS["certified"](network, SquareLoss()), task, seed=0)
     seen = []
 
     class Watched:
@@ -224,7 +223,7 @@ def test_a_certified_step_knows_the_residual_under_the_masks_of_its_gradient():
     point, batch = trainer.start(0), next(task.batches(20, 0))
     masks = trainer.generator.clone_state()
     trainer.method = Watched()  # type: ignore[assignment]
-    trainer.step(point, batch, Meter())
+    trainer.step(point, batch)
     outputs, _ = network.run(point.params, batch.inputs, generator=masks)
     residual = SquareLoss().residual(outputs, trainer.aims(batch.labels), Features(3))
     assert torch.equal(seen[0].residual, residual)

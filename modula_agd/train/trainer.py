@@ -1,0 +1,131 @@
+"""What one run computes: from a point of training to the next, and what a point is worth on the held-out data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modula_agd import Method, State
+from modula_agd.averaging import averaged
+from modula_agd.train.meter import Meter, finite
+from modula_agd.train.objective import aiming
+from modula_agd.train.seeds import DROPOUT, stream
+from modula_agd.train.stopping import Stop
+from modula_agd.train.task import Batch, Task
+
+Tensors = dict[str, Tensor]
+Ratios = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where training stands: all that its future depends on, besides the method, the task and the schedule.
+
+    Args:
+        params: weights.
+        buffers: running statistics.
+        average: averaged weights and running statistics.
+        state: the optimizer's.
+        step: updates made, which is also how many batches were taken.
+        dropout: state of the generator of dropout's masks.
+        meter: of the minibatches since the last evaluation.
+        due: the last update's ‖ΔW‖/‖W‖ of each weight where an evaluation is due here; None where none is.
+    """
+
+    params: Tensors
+    buffers: Tensors
+    average: Tensors
+    state: State
+    step: int
+    dropout: Tensor
+    meter: Meter
+    due: Ratios | None
+
+
+class Trainer:
+    """What one run computes with; holds nothing that changes but the generator of dropout."""
+
+    def __init__(self, method: Method, task: Task, seed: int) -> None:
+        self.method, self.task = method, task
+        self.aims = aiming(method.loss, task.facts.classes, task.device)
+        self.generator = stream(seed, DROPOUT, task.device)
+        self.gradient = torch.func.grad_and_value(self._training_loss, has_aux=True)
+
+    def start(self, seed: int) -> Point:
+        """The point before the first step, whose evaluation is due."""
+        network, device = self.method.network, self.task.device
+        params = network.init(seed, device=device)
+        buffers = network.buffers(device)
+        state = self.method.init(params)
+        return Point(params, buffers, {**params, **buffers}, state, 0, self.generator.get_state(), Meter(), {})
+
+    def _average(self, point: Point, moved: Tensors, buffers: Tensors) -> Tensors:
+        """What to evaluate after a step; steps along the batch's own gradient are judged by the weights that they lead to."""
+        if self.method.momentum is None:
+            return {**moved, **buffers}
+        return averaged(point.average if point.step else None, {**moved, **buffers}, point.step + 1)
+
+    def _training_loss(self, params: Tensors, buffers: Tensors, inputs: Tensor, aims: Tensor) -> tuple[Tensor, Any]:
+        outputs, renewed = self.method.network.run(params, inputs, buffers, self.generator)
+        return self.method.loss(outputs, aims), (outputs, renewed)
+
+    def step(self, point: Point, batch: Batch, *, due: bool = False) -> Point:
+        """The next point.
+
+        Args:
+            point: stays as it is.
+            batch: to learn from.
+            due: whether the next point shall be evaluated.
+        """
+        self.generator.set_state(point.dropout)
+        aims = self.aims(batch.labels)
+        method, params = self.method, point.params
+        # of the masks that the gradient is about to draw
+        evidence = (
+            method.evidence(params, batch.inputs, aims, self.generator.clone_state()) if method.needs_evidence else None
+        )
+        grads, (value, (outputs, renewed)) = self.gradient(params, point.buffers, batch.inputs, aims)
+        updates, state = method.update(grads, point.state, params, evidence=evidence, value=value)
+        moved = {name: weight + updates[name] if name in updates else weight for name, weight in params.items()}
+        return Point(
+            moved,
+            renewed,
+            self._average(point, moved, renewed),
+            state,
+            point.step + 1,
+            self.generator.get_state(),
+            point.meter.plus(value, outputs, batch.labels),
+            _relative(updates, params) if due else None,
+        )
+
+    def evaluated(
+        self, point: Point, batch_size: int, stop: Stop | None = None
+    ) -> tuple[float | None, float | None] | None:
+        """Mean loss and accuracy on the held-out data, with averaged weights; None where it was told to stop before the end."""
+        meter = Meter()
+        mean = {
+            name: value.to(point.params[name].dtype) if name in point.params else value
+            for name, value in point.average.items()
+        }
+        with torch.no_grad():
+            for inputs, labels in self.task.evaluation(batch_size):
+                if stop:
+                    return None
+                outputs = self.method.network(mean, inputs, mean)
+                meter = meter.plus(self.method.loss(outputs, self.aims(labels)), outputs, labels)
+        return meter.means()
+
+
+def looked_at(point: Point) -> Point:
+    """The point once its evaluation is done: training goes on with a new mean of minibatches."""
+    return replace(point, meter=Meter(), due=None)
+
+
+def _relative(updates: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Ratios:
+    """‖ΔW‖_F/‖W‖_F of each updated parameter, None where W is 0."""
+    if not updates:
+        return {}
+    ratios = torch.stack([update.norm().float() / params[name].norm().float() for name, update in updates.items()])
+    return {name: finite(ratio) for name, ratio in zip(updates, ratios.tolist(), strict=True)}
