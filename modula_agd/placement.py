@@ -135,12 +135,12 @@ def _replicated(model: nn.Module, params: Mapping[str, Tensor], share: bool | No
         return ALONE
     from modula_agd.distributed import ManyRanks
 
-    layouts = {name: _everywhere(parameter, size) for name, parameter in params.items()}
+    layouts = {name: everywhere(tuple(parameter.shape), size) for name, parameter in params.items()}
     return ManyRanks(group, layouts, share=share is not False)
 
 
-def _everywhere(parameter: Tensor, size: int) -> Layout:
-    shape = tuple(parameter.shape)
+def everywhere(shape: tuple[int, ...], size: int) -> Layout:
+    """Of a weight that all of so many ranks hold whole."""
     return Layout(shape, (Box((0,) * len(shape), shape),) * size)
 
 
@@ -166,7 +166,7 @@ def _layout(name: str, parameter: Tensor, mesh: Any, coordinates: list[tuple[int
     from torch.distributed.tensor import Replicate, Shard
 
     if not is_spread(parameter):
-        return _everywhere(parameter, len(coordinates))
+        return everywhere(tuple(parameter.shape), len(coordinates))
     shape = tuple(parameter.shape)
     order: list[tuple[bool, int]] = []
     for axis, placement in enumerate(parameter.placements):  # pyright: ignore[reportAttributeAccessIssue]
