@@ -49,7 +49,8 @@ def agd(
             certified search.
         smoothing: β_s, 0 ≤ β_s < 1, of the mean of measured descents, where there is momentum. "auto" is the momentum's.
         refresh: steps ≥ 1 that a spectral direction serves where there is momentum; above 1 each is kept, which is one more
-            buffer of the weight's size. "auto" is 1 on an accelerator and for short sides below 128, and up to 8 on a CPU.
+            buffer of the weight's size. "auto" is 1 on an accelerator, in compiled code and for short sides below 128, and up to 8
+            on a CPU; a number above 1 cuts the graph of compiled code.
         decay: λ ≥ 0, relative weight decay: a weight of norm ω loses λ·m·t of itself while it moves by m·t·ω, so that its norm
             tends to at most size/λ. Counted in the growth, which the step is then shorter by.
         relaxation: multiple > 0 of the majorant's minimiser that a step goes. Above 1 it is assumed, not derived, that the loss bears

@@ -63,10 +63,16 @@ def averaged(average: Mapping[str, Tensor] | None, params: Mapping[str, Tensor],
     return {**{name: value.detach().clone() for name, value in params.items()}, **dict(zip(names, means, strict=True))}
 
 
-def average_(average: Mapping[str, Tensor], params: Mapping[str, Tensor], count: int) -> None:
-    """The same, written over ``average``: for an optimizer, which owns it."""
+def average_(average: Mapping[str, Tensor], params: Mapping[str, Tensor], count: int | Tensor) -> None:
+    """The same, written over ``average``: for an optimizer, which owns it. Of a count on the device nothing is asked."""
     names = [name for name, value in params.items() if value.is_floating_point()]
     fresh = [params[name].detach().to(average[name].dtype) for name in names]
-    torch._foreach_lerp_([average[name] for name in names], fresh, share(count))  # pyright: ignore
+    means = [average[name] for name in names]
+    if names and isinstance(count, Tensor):
+        steps = torch._foreach_sub(fresh, means)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(steps, (POWER + 1) / (count.double() + POWER))  # pyright: ignore
+        torch._foreach_add_(means, steps)  # pyright: ignore[reportPrivateImportUsage]
+    elif names:
+        torch._foreach_lerp_(means, fresh, share(int(count)))  # pyright: ignore
     for name in params.keys() - set(names):
         average[name].copy_(params[name])

@@ -110,6 +110,14 @@ class ManyRanks(Exchange):
         dist.all_reduce(both, dist.ReduceOp.MAX, group=self.group)
         return Evidence(*both.unbind())
 
+    def nonzero(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = super().nonzero(tensors)
+        if not (self._spread and tensors):
+            return found
+        flags = torch.stack(list(found.values())).to(torch.uint8)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        return dict(zip(tensors, (flags > 0).unbind(), strict=True))
+
     def means(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for names in _by_dtype(tuple(tensors), tensors).values():

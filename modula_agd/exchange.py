@@ -45,6 +45,10 @@ class Exchange:
         """Evidence that holds for the batches of all processes together."""
         return evidence
 
+    def nonzero(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whether any entry of the whole of each tensor is not 0."""
+        return {name: tensor.any() for name, tensor in tensors.items()}
+
     def means(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The mean over the processes of tensors that each knows of its own batch."""
         return dict(tensors)

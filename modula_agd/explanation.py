@@ -8,7 +8,11 @@ noise; being of one batch, it is as noisy as that batch.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from modula_agd.bound import aligned
 from modula_agd.error import InvalidArgument
@@ -35,7 +39,8 @@ class Share:
         signal: descent/dual; 1 is no noise. Without momentum the two are the same.
         gives: share of the descent, negative where it raises the loss; their absolute values add up to 1.
         costs: share of the depth D.
-        moved: ‖ΔW‖/ω, the relative step of this weight, but for decay and a multiplier of the optimizer.
+        moved: ‖ΔW‖/ω along the direction, the relative step of this weight, the optimizer's multiplier counted in.
+        decayed: share of itself that the weight lost beside it, from 0 to 1.
         held_back_by: what bounds it, in words.
     """
 
@@ -46,6 +51,7 @@ class Share:
     gives: float
     costs: float
     moved: float
+    decayed: float
     held_back_by: str
 
 
@@ -91,7 +97,8 @@ class Explanation:
         return "neither loose nor violated, within two standard errors"
 
     def __str__(self) -> str:
-        header = ("parameter", "dual norm", "descent", "signal", "gives", "costs", "step", "held back by")
+        decays = any(x.decayed for x in self.shares)
+        header = ["parameter", "dual norm", "descent", "signal", "gives", "costs", "step", "decay", "held back by"]
         body = [
             (
                 x.name,
@@ -101,10 +108,13 @@ class Explanation:
                 f"{x.gives:.1%}",
                 f"{x.costs:.1%}",
                 f"{x.moved:.2e}",
+                f"{x.decayed:.2e}",
                 x.held_back_by,
             )
             for x in self.shares
         ]
+        if not decays:
+            header, *body = ([*row[:-2], row[-1]] for row in (header, *body))
         facts = [
             ("η", f"{self.eta:.4g}"),
             (
@@ -122,12 +132,15 @@ class Explanation:
         return "\n".join([*table, table[1], aligned(facts)])
 
 
-def explain(method: Method, state: State, exchange: Exchange = ALONE) -> Explanation:
+def explain(
+    method: Method, state: State, multipliers: Mapping[str, float] | None = None, exchange: Exchange = ALONE
+) -> Explanation:
     """Account for the update behind a state. Waits for the device.
 
     Args:
         method: that made it.
         state: as the update returned it.
+        multipliers: what the steps were multiplied with afterwards, by parameter; 1 where absent.
         exchange: the other processes, which must all ask.
 
     Raises:
@@ -152,12 +165,14 @@ def explain(method: Method, state: State, exchange: Exchange = ALONE) -> Explana
         gives = mass * size * pair / total if total else 0.0
         costs = sensitivities[name] / depth
         signal = pair / dual if dual else 0.0
-        moved = mass * t if pair else 0.0
+        length = mass * t if pair and finite else 0.0
+        multiplier = (multipliers or {}).get(name, 1.0)
+        moved, decayed = multiplier * length, min(multiplier * min(method.decay * length, 1.0), 1.0)
         if made and finite:
             reason = _reason(mass, pair, signal, gives, costs, method.momentum is not None)
         else:
             reason = "skipped: the gradient was not finite" if made else "no step was made yet"
-        shares.append(Share(name, dual, pair, signal, gives, costs, moved, reason))
+        shares.append(Share(name, dual, pair, signal, gives, costs, moved, decayed, reason))
     told = float(state.told)
     predicted = float(state.predicted) / told if told else None
     realised = float(state.realised) / told if told else None
@@ -177,6 +192,44 @@ def explain(method: Method, state: State, exchange: Exchange = ALONE) -> Explana
         realised,
         error,
     )
+
+
+def scalars(method: Method, state: State, multipliers: Mapping[str, float | Tensor] | None = None) -> dict[str, float]:
+    """The update behind a state in numbers, for a logger. Waits for the device, once.
+
+    Args:
+        method: that made it.
+        state: as the update returned it.
+        multipliers: as for ``explain``.
+
+    Returns:
+        "eta", "t", "descent" and "smoothed" (S of this batch, Ŝ of the mean), "depth", "magnitude", "promised", "steps", "skipped";
+        "predicted" and "realised" where losses were told; "step/NAME", the relative step of each weight.
+    """
+    weight, told = state.weight.clamp(min=1e-300), state.told.clamp(min=1e-300)
+    smoothed = torch.where(state.weight > 0, state.smoothed / weight, state.descent)
+    moved = (state.descents != 0) * state.t
+    numbers = {
+        "eta": state.eta,
+        "t": state.t,
+        "descent": state.descent,
+        "smoothed": smoothed,
+        "depth": state.depth,
+        "magnitude": state.magnitude,
+        "promised": -state.change,
+        "predicted": state.predicted / told,
+        "realised": state.realised / told,
+        "steps": state.steps,
+        "skipped": state.skipped,
+        "told": state.told,
+    }
+    for (name, mass), length in zip(method.masses.items(), moved.unbind(), strict=True):
+        numbers[f"step/{name}"] = mass * length * (multipliers or {}).get(name, 1.0)
+    flat = torch.stack([value.to(state.t).reshape(()) for value in numbers.values()])
+    found = dict(zip(numbers, flat.tolist(), strict=True))
+    if not found.pop("told"):
+        del found["predicted"], found["realised"]
+    return found
 
 
 def _reason(mass: float, pair: float, signal: float, gives: float, costs: float, held_out: bool) -> str:

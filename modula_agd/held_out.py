@@ -49,6 +49,11 @@ def measured(descent: Scalar, state: State, smoothing: float | None) -> tuple[Sc
     return torch.where(descent == 0, 0.0, smoothed / weight.clamp(min=1e-12)), smoothed, scale, weight
 
 
+def begun(past: Tensor, gradient: Tensor, started: Bool[Tensor, ""]) -> Tensor:
+    """The momentum, or the gradient where every gradient before was left out, so that the momentum has not started."""
+    return torch.where(started, past, gradient.to(past.dtype))
+
+
 def renewed(
     past: Mapping[str, Tensor],
     grads: Mapping[str, Tensor],
@@ -56,6 +61,7 @@ def renewed(
     finite: Bool[Tensor, ""] | None,
     *,
     in_place: bool = False,
+    started: Mapping[str, Bool[Tensor, ""]] | None = None,
 ) -> dict[str, Tensor]:
     """m_t of each parameter; its first gradient is its momentum.
 
@@ -65,10 +71,11 @@ def renewed(
         share: 1 − β, what the fresh gradient counts for.
         finite: where False, the past is kept; None where that has been looked at.
         in_place: write over ``past``, for an optimizer that owns it.
+        started: where gradients may have been left out before, whether a momentum is other than 0: otherwise it has not begun.
     """
     fresh = {name: gradient.to(working_dtype(gradient.dtype)) for name, gradient in grads.items()}
     if finite is not None:
-        still = {name: past.get(name, torch.zeros_like(value)) for name, value in fresh.items()}
+        still = {name: past[name] if name in past else torch.zeros_like(value) for name, value in fresh.items()}
         fresh = {name: torch.where(finite, value, still[name].to(value)) for name, value in fresh.items()}
     known = [name for name in fresh if name in past]
     # a copy: the caller may clear gradients in place
@@ -77,6 +84,10 @@ def renewed(
         new = [fresh[name] for name in known]
         # parameters may have been moved to another dtype since
         old = [past[name].to(value.dtype) for name, value in zip(known, new, strict=True)]
+        if started is not None:
+            flags = [started[name] for name in known]
+            ours = [begun(*three) for three in zip(old, new, flags, strict=True)]
+            old = [before.copy_(x) for before, x in zip(old, ours, strict=True)] if in_place else ours
         # one kernel for all parameters, as in torch's own optimizers
         if in_place:
             torch._foreach_lerp_(old, new, share)  # pyright: ignore[reportPrivateImportUsage]

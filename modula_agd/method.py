@@ -26,7 +26,7 @@ from modula_agd.directions import due, period
 from modula_agd.error import InvalidArgument, UnknownBound
 from modula_agd.exchange import ALONE, Exchange
 from modula_agd.forecast import forecast
-from modula_agd.held_out import measured, renewed
+from modula_agd.held_out import begun, measured, renewed
 from modula_agd.inspection import check_finite, check_parameters, check_step, check_update, loss_told
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence, Majorant, Search
@@ -110,10 +110,24 @@ class Method:
         """m_k of each parameter."""
         return {name: atom.mass for name, atom in self.atoms.items()}
 
+    def periods(self, device: torch.device) -> dict[str, int]:
+        """Steps that one direction of each parameter serves, not compiled."""
+        lasting = self._plan(device).periods
+        return lasting if self.momentum is not None else dict.fromkeys(lasting, 1)
+
+    @property
+    def skips(self) -> bool:
+        """Whether a step with a gradient that is not finite is left out."""
+        return self.nonfinite == "skip"
+
     @property
     def needs_evidence(self) -> bool:
         """Whether ``update`` must be given ``evidence``."""
         return self.search.needs_evidence
+
+    def started(self, momentum: Mapping[str, Tensor], exchange: Exchange = ALONE) -> dict[str, Tensor] | None:
+        """Whether each momentum has seen a gradient, where gradients may have been left out; None where none ever is."""
+        return exchange.nonzero(momentum) if self.skips else None
 
     def objective(
         self,
@@ -225,7 +239,9 @@ class Method:
             updates[name] = torch.where(move.finite, update, 0.0) if move.finite is not None else update
         momentum = state.momentum
         if self.momentum is not None:
-            momentum = renewed(momentum, move.gradients, self.share(state, part), move.finite)
+            momentum = renewed(
+                momentum, move.gradients, self.share(state, part), move.finite, started=self.started(momentum, exchange)
+            )
         return updates, move.state._replace(momentum=momentum)
 
     def absorb(
@@ -269,7 +285,9 @@ class Method:
         if not masked:
             check_finite(dict(zip(self.atoms, ends.tolist(), strict=True)))
         good = ends.isfinite().all() if masked else None
-        momentum = renewed(state.momentum, gradients, part * (1 - self.momentum), good)
+        momentum = renewed(
+            state.momentum, gradients, part * (1 - self.momentum), good, started=self.started(state.momentum, exchange)
+        )
         # a direction kept from before would not have seen what was just absorbed
         return state._replace(momentum=momentum, directions={})
 
@@ -337,12 +355,13 @@ class Method:
             scale=scale,
             weight=weight,
             clock=state.clock + 1,
-            directions=kept,
+            directions=_kept(kept, state.directions, finite if masked else None),
             **forecast(state, told),
         )
         amounts = dict(zip(self.atoms, (-t * reach).unbind(), strict=True))
-        # no weight passes through 0
-        shrink = {name: (self.decay * self.masses[name] * t).clamp(max=1.0) for name in directions if self.decay}
+        # no weight passes through 0, and one with a zero gradient does not move at all
+        moves = {name: (self.decay * self.masses[name] * t).clamp(max=1.0) for name in directions if self.decay}
+        shrink = {name: share * (descents[name] != 0) for name, share in moves.items()}
         return Move(directions, gradients, amounts, shrink, finite if masked else None, after)
 
     def check(self, state: State) -> None:
@@ -366,10 +385,16 @@ class Method:
         """u of each parameter, and those that shall serve further steps."""
         periods = self._plan(device).periods
         places = {name: index for index, name in enumerate(self.atoms)}
-        lasting = {name for name in gradients if periods[name] > 1 and self.momentum is not None}
+        # which directions are due is for the host to decide, which would cut the graph
+        renews = self.momentum is None or (torch.compiler.is_compiling() and self.refresh is None)
+        lasting = {name for name in gradients if periods[name] > 1 and not renews}
         clock = int(state.clock) if lasting else 0
         old = {name for name in lasting & state.directions.keys() if not due(clock, places[name], periods[name])}
         sources = {name: state.momentum.get(name, gradients[name]) for name in gradients if name not in old}
+        if self.skips:
+            known = {name: state.momentum[name] for name in sources if name in state.momentum}
+            started = exchange.nonzero(known)
+            sources |= {name: begun(x, gradients[name], started[name]) for name, x in known.items()}
         fresh = exchange.directions(self.norms, sources, half=self._half(sources, device))
         kept = {name: fresh[name].dense() for name in fresh if name in lasting} | {n: state.directions[n] for n in old}
         # what is kept for a parameter without a gradient this time stays
@@ -512,6 +537,15 @@ class Method:
                 f"relaxation: the loss bears steps of {self.relaxation:g} times the majorant's minimiser"
             )
         return bound
+
+
+def _kept(new: dict[str, Tensor], old: dict[str, Tensor], finite: Bool[Tensor, ""] | None) -> dict[str, Tensor]:
+    """The directions to keep: a step that is left out leaves them as they were."""
+    if finite is None:
+        return new
+    return {
+        n: x if x is old.get(n) else torch.where(finite, x, old.get(n, torch.zeros_like(x))) for n, x in new.items()
+    }
 
 
 def _ends(gradient: Tensor | None, like: Tensor) -> Scalar:

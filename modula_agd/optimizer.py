@@ -1,107 +1,105 @@
 """The ``torch.optim.Optimizer`` face of the engine, for training loops in the usual style."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modula_agd import memory
+from modula_agd.accumulation import MicroBatches
 from modula_agd.agd import agd
-from modula_agd.averaging import average_, averaged
-from modula_agd.error import InvalidArgument, SpaceMismatch
-from modula_agd.explanation import Explanation, explain
+from modula_agd.error import InvalidArgument
+from modula_agd.explanation import Explanation, explain, scalars
+from modula_agd.grouped import Rates
 from modula_agd.held_out import renewed
+from modula_agd.holder import holder, outside, parameters, refuse
 from modula_agd.inspection import check_gradients
+from modula_agd.lending import Lending
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence
-from modula_agd.method import Method
-from modula_agd.placement import exchange_of, local, local_gradient, reshard, skips_reduction, spread, unwrapped
-from modula_agd.polar import working_dtype
+from modula_agd.method import Method, Move
+from modula_agd.placement import data_parallel, exchange_of, local, local_gradient, reshard, skips_reduction
 from modula_agd.space import finite
-from modula_agd.state import WEIGHT_SIZED, State, complaint, not_finite, odd_tensors
-from modula_agd.torch_module import TorchModule
-
-_OWN = ("_names", "_model", "_outer", "_exchange", "_average", "_swapped", "_micro", "_count", "_unreduced")
+from modula_agd.state import WEIGHT_SIZED, State
 
 
-class AGD(torch.optim.Optimizer):
+class AGD(Lending):
     """Automatic gradient descent on a model made by ``network.to_torch()``.
 
-    ``lr`` in the parameter group multiplies the derived step. It is 1 and needs no tuning; it is there for schedulers and
-    monitors that expect it.
+    ``lr`` of a parameter group multiplies the derived step of its parameters. It is 1 and needs no tuning; it is there for
+    schedulers and monitors that expect it.
 
     Args:
-        model: a network's ``torch.nn`` face; also one in ``DistributedDataParallel`` or after ``fully_shard`` (docs/distributed.md).
+        model: a network's ``torch.nn`` face, or a module that holds one, such as ``DistributedDataParallel``; also after
+            ``fully_shard`` (docs/distributed.md); with a ready method any module whose parameters have the
+            names of the method's network.
         loss: what is minimised, or a ``Method`` built beforehand.
+        groups: parameters to train, as torch's optimizers take them: tensors, pairs of name and tensor, names, or dictionaries with
+            "params" and an "lr" of their own. All of the network's by default.
         averaging: whether to keep averaged weights (one buffer of the weights' size), for ``averaged()``; by default where there
             is momentum.
+        capturable: whether ``step`` may be captured in a graph and replayed: all that changes stays where it is, and nothing is
+            decided on the host.
         share_directions: whether each direction is made on one rank and sent to the others, rather than on every rank; by default
             where ``DistributedDataParallel`` is given. Sharded weights always share.
         options: as for ``agd``.
+
+    Raises:
+        SpaceMismatch: the model declares no bounds.
+        InvalidArgument: an option is none of ``agd``, or does not go with another.
     """
+
+    _own = (*Lending._own, "_outside", "_micro", "_applied", "_replicas", "_exchange")
 
     def __init__(
         self,
         model: nn.Module,
         loss: Loss | Method,
+        groups: Iterable[Any] | None = None,
         *,
         averaging: bool | None = None,
+        capturable: bool = False,
         share_directions: bool | None = None,
         **options: Any,
     ) -> None:
-        outer, model = model, unwrapped(model)
-        if not isinstance(model, TorchModule):
-            raise SpaceMismatch(
-                f"AGD was given a {type(model).__name__}, whose layers declare no bounds. Compose the network from modula_agd "
-                "modules and pass network.to_torch()."
-            )
-        if isinstance(loss, Method) and options:
-            raise InvalidArgument(
-                f"AGD was given a ready method and the options {sorted(options)}. Pass them to agd() instead."
-            )
-        if "lr" in options:
-            raise InvalidArgument(
-                "AGD was given a learning rate, but derives its step from the network and the loss. Leave lr out; a multiplier "
-                "of the derived step, 1.0 by default, is param_groups[0]['lr']."
-            )
-        self.method = loss if isinstance(loss, Method) else agd(model.network, loss, **options)  # pyright: ignore
-        if self.method.network != model.network:
+        ready = loss if isinstance(loss, Method) else None
+        self._inner = holder(model, ready)
+        _check_options(ready, options)
+        network = getattr(self._inner, "network", None)
+        self.method = ready or agd(network, loss, **options)  # pyright: ignore
+        if network is not None and self.method.network != network:
             raise InvalidArgument(
                 f"AGD was given a method built for a network with parameters {sorted(self.method.atoms)}, {self.method.network!r}, "
-                f"but a model of {model.network!r}. Build the method for the model's network."
+                f"but a model of {network!r}. Build the method for the model's network."
             )
-        self._names = [name for name, _ in model.named_parameters()]
-        self._model = model
-        self._outer = outer
-        self._exchange = exchange_of(outer, share_directions)
-        if averaging is not None and not isinstance(averaging, bool):
-            raise InvalidArgument(f"AGD was given averaging={averaging!r}, which must be True or False")
+        for name, flag in (("averaging", averaging), ("capturable", capturable)):
+            if flag is not None and not isinstance(flag, bool):
+                raise InvalidArgument(f"AGD was given {name}={flag!r}, which must be True or False")
         self.averaging = self.method.momentum is not None if averaging is None else averaging
-        self._average: dict[str, Tensor] = {}
-        self._swapped = False
-        self._micro: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        self._count = 0
-        self._unreduced = False
-        super().__init__(model.parameters(), {"lr": 1.0})
-        self.current: State = self.method.init(self._parameters())
-        self._watched: tuple[Tensor, torch.Event] | None = None
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: the network's parameters are one group, made at construction; ``with_mass`` sets a part's share.
-
-        Raises:
-            InvalidArgument: always, but for the first group.
-        """
-        if self.param_groups:
+        self.capturable = capturable
+        params = parameters(self._inner, self.method.atoms)
+        if capturable and self._lasting():
             raise InvalidArgument(
-                "add_param_group was called on AGD, whose step is one number for the whole network. "
-                "Give a part its own share with module.with_mass(...), or freeze it with with_mass(0)."
+                f"AGD was given capturable=True, but directions of {', '.join(self._lasting())} serve several steps, and which are due "
+                "is decided on the host. Pass refresh=1."
             )
-        super().add_param_group(param_group)
-
-    def _parameters(self) -> dict[str, Tensor]:
-        return dict(zip(self._names, self.param_groups[0]["params"], strict=True))
+        self._replicas = data_parallel(model)
+        self._exchange = exchange_of(params, self._replicas, share_directions)
+        self._outside = outside(model, self._inner, self.method.atoms)
+        self._swapped = False
+        self._micro = MicroBatches()
+        self._applied: Rates = {}
+        self._watched: tuple[Tensor, torch.Event] | None = None
+        start = self.method.init(params)._asdict()
+        if groups is not None:
+            groups = [groups] if isinstance(groups, dict | Tensor | str) else list(groups)
+            groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
+        super().__init__(groups or [{"params": list(params.items())}], {"lr": 1.0})
+        buffers = {name: value.clone() for name, value in self._statistics().items()} if self.averaging else {}
+        numbers = {name: start[name].clone() for name in memory.NUMBERS}
+        self.param_groups[0]["agd"] = {"format": memory.FORMAT, **numbers, "buffers": buffers}
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -116,35 +114,17 @@ class AGD(torch.optim.Optimizer):
                 was taken in or cleared.
         """
         self._live("accumulate()")
-        params = self._parameters()
+        params = self._trained()
         found = {name: parameter.grad for name, parameter in params.items() if parameter.grad is not None}
         check_gradients(self.method.atoms, found, params)
-        first = self._micro[0]
-        if self._count and found.keys() != first.keys():
-            odd = ", ".join(map(repr, sorted(found.keys() ^ first.keys())))
-            raise InvalidArgument(
-                f"accumulate() met other parameters with a gradient than in the first micro-batch: {odd}. Let every micro-batch of a "
-                "step use the same parameters, or start anew with discard()."
-            )
-        mine = self._micro[self._count % 2]
-        self._unreduced |= skips_reduction(self._outer)
-        for name, gradient in found.items():
-            gradient = local_gradient(gradient, params[name])
-            # sums of many half-precision gradients would stand still
-            wide = gradient.to(working_dtype(gradient.dtype))
-            mine[name] = mine[name].add_(wide) if name in mine else wide.clone()
+        mine = {name: local_gradient(gradient, params[name]) for name, gradient in found.items()}
+        self._micro.take(mine, reduced=not skips_reduction(self._replicas))
+        for name in found:
             params[name].grad = None
-        self._count += 1
 
     def discard(self) -> None:
         """Forget the micro-batches that ``accumulate()`` has taken in since the last step."""
-        self._micro, self._count, self._unreduced = ({}, {}), 0, False
-
-    def _live(self, what: str) -> None:
-        if self._swapped:
-            raise InvalidArgument(
-                f"{what} was called inside averaged(), where the model holds the weights to evaluate. Leave the block first."
-            )
+        self._micro.clear()
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -163,16 +143,11 @@ class AGD(torch.optim.Optimizer):
 
         Raises:
             NonFiniteGradient: with the weights untouched; on an accelerator at the first step after the device knows.
-            InvalidArgument: the model holds averaged weights, or the multiplier is no number ≥ 0.
+            InvalidArgument: the model holds averaged weights, a multiplier is no number ≥ 0, or a parameter that the network does not
+                know has a gradient.
         """
         self._live("step()")
-        rate = self.param_groups[0]["lr"]
-        # multiplying weights by a 0-d tensor in place would look at it as well
-        told = rate.item() if isinstance(rate, Tensor) and rate.ndim == 0 else rate
-        if not (finite(told) and told >= 0):
-            raise InvalidArgument(
-                f"the multiplier param_groups[0]['lr'] of AGD is {rate!r}, which is not a finite number ≥ 0"
-            )
+        rates = self._rates()
         returned = None
         if closure is not None:
             with torch.enable_grad():
@@ -180,30 +155,44 @@ class AGD(torch.optim.Optimizer):
         self._look()
         loss = value if value is not None else returned if isinstance(returned, Tensor | float) else None
         try:
-            self._move(float(told), evidence, loss)
+            self._move(rates, evidence, loss)
         finally:
             self.discard()
         self._watch()
         return returned
 
-    def _move(self, multiplier: float, evidence: Evidence | None, loss: Tensor | float | None) -> None:
+    def _move(self, rates: Rates, evidence: Evidence | None, loss: Tensor | float | None) -> None:
         """Decide on a step, then write it over weights, momentum and average; nothing is written if deciding fails."""
-        params = {name: local(parameter) for name, parameter in self._parameters().items()}
-        before = self.current
-        grads, seen, part = self._gathered(params)
-        move = self.method.decide(grads, seen, params, evidence, loss, self._exchange)
-        if move.finite is None and not finite(multiplier * float(move.state.t)):
+        whole, trained = self._parameters(), self._trained()
+        odd = [name for name, parameter in self._outside if parameter.grad is not None]
+        if odd:
             raise InvalidArgument(
-                f"the multiplier param_groups[0]['lr'] of AGD is {multiplier:g}, which takes a step to infinity"
+                f"step() met gradients of {', '.join(odd)}, which the network does not know and AGD would leave as they are. Compose them "
+                "into the network, freeze them, or pass AGD the part of the model that it trains and give these to another optimizer."
             )
+        self._follow()
+        before, params = _held(self.current), {name: local(parameter) for name, parameter in whole.items()}
+        grads = {name: _gradient(trained.get(name)) for name in params}
+        grads, seen, part = self._micro.gathered(self.method, before, params, grads, self._exchange)
+        move = self.method.decide(grads, seen, params, evidence, loss, self._exchange)
+        allowed = _allowed(move, rates)
+        for name in move.gradients:
+            entry = self.state[whole[name]]
+            begun = entry.get("begun")
+            self._allocate(name, whole[name], moves=True)
+            if not begun and "average" in entry:
+                # weights may have been loaded since it was made
+                local(entry["average"]).copy_(params[name])
+            entry["begun"] = 1
         for name, direction in move.directions.items():
-            weight, factor, base = params[name], multiplier * move.factor(name, direction), direction.base
-            if move.finite is not None:
+            weight, base, rate = params[name], direction.base, rates[name]
+            factor = (rate * move.factor(name, direction)).to(base.dtype)
+            if allowed is not None:
                 # NaN times 0 is NaN: what may not move is taken out of the direction, too
-                base, factor = torch.where(move.finite, base, 0.0), torch.where(move.finite, factor, 0.0)
+                base, factor = torch.where(allowed, base, 0.0), torch.where(allowed, factor, 0.0)
             if name in move.shrink:
-                kept = (1 - multiplier * move.shrink[name]).clamp(min=0.0)
-                weight.mul_(torch.where(move.finite, kept, 1.0) if move.finite is not None else kept)
+                kept = (1 - rate * move.shrink[name]).clamp(min=0.0)
+                weight.mul_(torch.where(allowed, kept, 1.0) if allowed is not None else kept)
             if weight.dtype == base.dtype:
                 weight.addcmul_(base, factor)
             else:
@@ -211,7 +200,8 @@ class AGD(torch.optim.Optimizer):
         momentum = seen.momentum
         if self.method.momentum is not None:
             fresh = self.method.share(before, part)
-            momentum = renewed(momentum, move.gradients, fresh, move.finite, in_place=True)
+            started = self.method.started(momentum, self._exchange)
+            momentum = renewed(momentum, move.gradients, fresh, move.finite, in_place=True, started=started)
             if seen is not before and move.finite is not None:
                 # a step left out leaves out what was absorbed for it
                 momentum = {
@@ -219,202 +209,98 @@ class AGD(torch.optim.Optimizer):
                     for name, value in momentum.items()
                 }
         self.current = move.state._replace(momentum=momentum)
+        self._applied = rates
         self._renew_average()
-        reshard(self._model)
+        reshard(self._inner)
 
-    def _gathered(self, params: dict[str, Tensor]) -> tuple[dict[str, Tensor | None], State, float]:
-        """The gradient that measures, the state whose directions have seen the others, and the share that measures."""
-        grads = {
-            name: parameter.grad if parameter.grad is None else local_gradient(parameter.grad, parameter)
-            for name, parameter in self._parameters().items()
-        }
-        if not self._count:
-            return grads, self.current, 1.0
-        left = [name for name, gradient in grads.items() if gradient is not None]
-        if left:
-            raise InvalidArgument(
-                f"step() met gradients of {', '.join(left)} after accumulate(), and gave up the micro-batches. Call accumulate() after "
-                "every backward(), the last one too."
-            )
-        if self._unreduced:
-            self._micro = (self._exchange.means(self._micro[0]), self._exchange.means(self._micro[1]))
-        many = ((self._count + 1) // 2, self._count // 2)
-        measuring, making = (
-            {name: (total / count).to(params[name].dtype) for name, total in part.items()}
-            for part, count in zip(self._micro, many, strict=True)
-        )
-        part = many[0] / self._count
-        if not making or self.method.momentum is None:
-            mean = {name: part * g + (1 - part) * making[name] if making else g for name, g in measuring.items()}
-            return {**grads, **mean}, self.current, 1.0
-        if self.method.nonfinite == "skip" or self.current.t.device.type != "cpu":
-            # what spoils one half leaves the whole step out
-            good = torch.stack([x.isfinite().all() for x in making.values()]).all()
-            measuring = {name: torch.where(good, g, torch.nan) for name, g in measuring.items()}
-        return (
-            {**grads, **measuring},
-            self.method.absorb(making, self.current, params, 1 - part, exchange=self._exchange),
-            part,
-        )
+    def _forget(self) -> None:
+        self.discard()
+        self._applied = {}
 
-    # -- averaged weights ------------------------------------------------------------------------------------------------
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_watched": None}
 
-    def _averaged(self) -> dict[str, Tensor]:
-        """What is averaged: weights, and running statistics, which belong to them."""
-        whole = {**self._parameters(), **dict(self._model.named_buffers())}
-        return {name: local(value) for name, value in whole.items()}
-
-    def _renew_average(self) -> None:
-        if self.averaging:
-            count = int(self.current.clock)
-            if self._average:
-                average_(self._average, self._averaged(), count)
-            else:
-                self._average = averaged(None, self._averaged(), count)
-
-    def averaged_state(self) -> dict[str, Tensor]:
-        """The averaged weights and running statistics by name, as ``model.load_state_dict`` takes them: a copy.
-
-        Raises:
-            InvalidArgument: the optimizer keeps none.
-        """
-        if not self.averaging:
-            raise InvalidArgument(
-                "averaged weights were asked for, but AGD keeps none: averaging is False, or left out without momentum. "
-                "Build it with averaging=True."
-            )
-        live = self._averaged()
-        mean = {name: self._average.get(name, value).to(value.dtype).clone() for name, value in live.items()}
-        return self._spread(mean)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """A block in which the model holds the averaged weights, to evaluate or to save; the live ones return at its end.
-
-        Raises:
-            InvalidArgument: as ``averaged_state``, or inside another such block.
-        """
-        if self._swapped:
-            raise InvalidArgument("averaged() was entered inside averaged(). Leave the first block before.")
-        mean, live = self.averaged_state(), self._averaged()
-        kept = {name: value.detach().clone() for name, value in live.items()}
-        with torch.no_grad():
-            for name, value in live.items():
-                value.copy_(local(mean[name]))
-        reshard(self._model)
-        self._swapped = True
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, value in live.items():
-                    value.copy_(kept[name])
-            reshard(self._model)
-            self._swapped = False
+    # -- what it tells ---------------------------------------------------------------------------------------------------
 
     def explain(self) -> Explanation:
         """Why the last step was as long as it was, layer by layer; ``print`` it. Waits for the device."""
-        return explain(self.method, self.current, self._exchange)
+        rates = {name: float(rate) for name, rate in self._applied.items()}
+        return explain(self.method, _held(self.current), rates, self._exchange)
+
+    def scalars(self) -> dict[str, float]:
+        """The last step in numbers, for a logger: η, the descent, predicted and realised decrease, the relative step of each weight.
+
+        Waits for the device, once.
+        """
+        return scalars(self.method, self.current, self._applied)
 
     def _watch(self) -> None:
         """On an accelerator, ask for the descents of this step without waiting for the answer."""
-        device = self.current.descents.device
-        if device.type != "cpu" and self.method.nonfinite == "raise" and self._watched is None:
-            # only a copy into pinned memory leaves the host free
-            landing = torch.empty_like(self.current.descents, device="cpu", pin_memory=True)
-            arrived = torch.Event(device)
-            self._watched = landing.copy_(self.current.descents, non_blocking=True), arrived
-            arrived.record()
+        descents = self.param_groups[0]["agd"]["descents"]
+        if descents.device.type == "cpu" or self.method.skips or self.capturable or self._watched is not None:
+            return
+        # only a copy into pinned memory leaves the host free
+        landing = torch.empty_like(descents, device="cpu", pin_memory=True)
+        arrived = torch.Event(descents.device)
+        self._watched = landing.copy_(descents, non_blocking=True), arrived
+        arrived.record()
 
     def _look(self) -> None:
         if self._watched is not None and self._watched[1].query():
             descents, self._watched = self._watched[0], None
             self.method.check(self.current._replace(descents=descents))
 
-    def __getstate__(self) -> dict[str, Any]:
-        # torch's own lists what it copies and pickles, and would leave the method behind
-        self._live("copying or pickling")
-        mine = {name: getattr(self, name) for name in ("method", "current", "averaging", *_OWN)}
-        return {**super().__getstate__(), **mine, "_watched": None}
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(parameter.shape) for name, parameter in self._parameters().items()}
+def _held(state: State) -> State:
+    """A state with what this process holds of its tensors."""
+    return state._replace(
+        **{what: {name: local(x) for name, x in getattr(state, what).items()} for what in WEIGHT_SIZED}
+    )
 
-    def _spread(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of this process, as parts of those that lie as the parameters do."""
-        params = self._parameters()
-        return {name: spread(x, params[name]) if name in params else x for name, x in tensors.items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's, with the last step's tensors under "agd", the averaged weights and what all belong to."""
-        state = self.current._asdict() | {what: self._spread(getattr(self.current, what)) for what in WEIGHT_SIZED}
-        mine = {"agd": state, "average": self._spread(self._average), "parameters": self._shapes()}
-        return {**super().state_dict(), **mine}
+def _gradient(parameter: Tensor | None) -> Tensor | None:
+    """What this process holds of a parameter's gradient."""
+    if parameter is None or parameter.grad is None:
+        return None
+    return local_gradient(parameter.grad, parameter)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned, whole or not at all; micro-batches that were being accumulated are given up.
 
-        Raises:
-            InvalidArgument: the state is another optimizer's, or another network's.
-        """
-        self._live("load_state_dict()")
-        ours = isinstance(state_dict, dict) and {"agd", "average", "parameters", "state", "param_groups"} <= set(
-            state_dict
+def _check_options(ready: Method | None, options: Mapping[str, Any]) -> None:
+    """Raise ``InvalidArgument`` for options that AGD does not take."""
+    if "lr" in options:
+        raise InvalidArgument(
+            "AGD was given a learning rate, but derives its step from the network and the loss. Leave lr out; a multiplier "
+            "of the derived step, 1.0 by default, is param_groups[0]['lr']."
         )
-        if not ours or not isinstance(state_dict["agd"], dict) or set(state_dict["agd"]) != set(State._fields):
-            raise InvalidArgument(
-                "load_state_dict was given no state of AGD, or one of an older version. "
-                "Load the state that AGD saved for the same network."
-            )
-        if state_dict["parameters"] != self._shapes():
-            raise InvalidArgument(
-                f"load_state_dict was given the state of a network with parameters {state_dict['parameters']}, but this one has "
-                f"{self._shapes()}. Load the state that AGD saved for the same network."
-            )
-        wrong = self._complaint(state_dict)
-        if wrong is not None:
-            raise InvalidArgument(
-                f"load_state_dict was given a state of AGD that cannot be: {wrong}. Load it as AGD saved it, or start anew."
-            )
-        saved, here = dict(state_dict["agd"]), self.current._asdict()
-        weight_sized = {what: saved.pop(what) for what in WEIGHT_SIZED}
-        if bool(weight_sized["momentum"]) and self.method.momentum is None:
-            raise InvalidArgument(
-                "load_state_dict was given the state of a method with momentum, but this one has none. Build AGD with the "
-                "momentum that it was saved with."
-            )
-        device = here["eta"].device
-        # copies: this optimizer writes over its own
-        mine: dict[str, Any] = {
-            what: {name: local(x).to(device, copy=True) for name, x in held.items()}
-            for what, held in weight_sized.items()
-        }
-        mine |= {key: value.to(here[key]) for key, value in saved.items()}
-        average = {name: local(value).to(device, copy=True) for name, value in state_dict["average"].items()}
-        try:
-            super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        # what torch raises where groups are not what it saved
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise InvalidArgument(f"load_state_dict could not take the parameter groups: {error}") from error
-        self.current = State(**mine)  # pyright: ignore[reportArgumentType] (every field was looked at above)
-        self._average = average
-        self.discard()
+    known = signature(agd).parameters.keys() - {"network", "loss"}
+    refuse({name: value for name, value in options.items() if name not in known}, "AGD")
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise InvalidArgument(
+            f"AGD was given {', '.join(unknown)}, which it does not know; its options are {', '.join(sorted(known))}"
+        )
+    if ready is not None and options:
+        raise InvalidArgument(
+            f"AGD was given a ready method and the options {sorted(options)}. Pass them to agd() instead."
+        )
 
-    def _complaint(self, state_dict: dict[str, Any]) -> str | None:
-        """Why a state cannot be restored, as a clause."""
-        saved, shapes = state_dict["agd"], self._shapes()
-        wrong = complaint(saved, self.current)
-        for what in WEIGHT_SIZED:
-            wrong = wrong or odd_tensors(what, saved[what], shapes) or not_finite(what, saved[what])
-        live = self._averaged()
-        average = state_dict["average"]
-        floating = {name: tuple(value.shape) for name, value in live.items() if value.is_floating_point()}
-        wrong = wrong or odd_tensors("average", average, floating) or not_finite("average", average)
-        if wrong is None and average and average.keys() != live.keys():
-            wrong = f"its average lacks {', '.join(map(repr, sorted(live.keys() - average.keys())))}"
-        groups = state_dict["param_groups"]
-        if wrong is None and not (
-            isinstance(groups, list) and groups and isinstance(groups[0], dict) and "lr" in groups[0]
-        ):
-            wrong = "its parameter groups hold no lr"
-        return wrong
+
+def _allowed(move: Move, rates: Rates) -> Tensor | None:
+    """Whether anything may move, where that is for the device to say; None where it was looked at.
+
+    Raises:
+        InvalidArgument: a multiplier takes a step to infinity.
+    """
+    tensors = {id(rate): rate for rate in rates.values() if isinstance(rate, Tensor)}
+    if move.finite is None:
+        t = float(move.state.t)
+        for rate in {rate for rate in rates.values() if not isinstance(rate, Tensor)}:
+            if not finite(rate * t):
+                raise InvalidArgument(
+                    f"the multiplier param_groups[...]['lr'] of AGD is {rate:g}, which takes a step to infinity"
+                )
+    allowed = move.finite
+    for rate in tensors.values():
+        good = ((rate >= 0) & (rate * move.state.t).isfinite()).to(move.state.t.device)
+        allowed = good if allowed is None else allowed & good
+    return allowed

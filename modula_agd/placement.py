@@ -55,15 +55,28 @@ def spread(x: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside ``DistributedDataParallel``; any other as it is."""
-    return model.module if _is_ddp(model) else model  # pyright: ignore[reportReturnType]
+def placed(x: Tensor, like: Tensor) -> Tensor:
+    """The tensor split as ``like`` is, of whose shape it is; all ranks must ask."""
+    if is_spread(x) and not is_spread(like):
+        return x.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+    if not is_spread(like):
+        return x
+    if is_spread(x):
+        return x.redistribute(like.device_mesh, like.placements)  # pyright: ignore[reportAttributeAccessIssue]
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, like.device_mesh, like.placements)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def skips_reduction(model: nn.Module) -> bool:
+def data_parallel(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """The model itself, or the part of it, that is ``DistributedDataParallel``."""
+    return next((part for part in model.modules() if isinstance(part, nn.parallel.DistributedDataParallel)), None)
+
+
+def skips_reduction(replicas: nn.parallel.DistributedDataParallel | None) -> bool:
     """Whether the gradients that ``backward`` left may be each rank's own, as within ``no_sync()``."""
     # the second tells of the last forward pass, after the block too
-    return _is_ddp(model) and not (model.require_backward_grad_sync and model.require_forward_param_sync)
+    return replicas is not None and not (replicas.require_backward_grad_sync and replicas.require_forward_param_sync)
 
 
 def reshard(model: nn.Module) -> None:
@@ -75,18 +88,20 @@ def reshard(model: nn.Module) -> None:
                 part.reshard()  # pyright: ignore[reportCallIssue]
 
 
-def exchange_of(model: nn.Module, share: bool | None) -> Exchange:
+def exchange_of(
+    params: Mapping[str, Tensor], replicas: nn.parallel.DistributedDataParallel | None, share: bool | None
+) -> Exchange:
     """How the ranks that hold a model exchange what a step needs.
 
     Args:
-        model: as the training loop calls it.
+        params: of the network by name, in its order.
+        replicas: the model's ``DistributedDataParallel``.
         share: whether each direction is made on one rank where all ranks hold all weights; None where
             ``DistributedDataParallel`` tells which ranks these are.
 
     Raises:
         InvalidArgument: a parameter is placed in a way that no step can be taken with.
     """
-    params = dict(unwrapped(model).named_parameters())
     meshes: list[Any] = []
     for parameter in params.values():
         if is_spread(parameter) and parameter.device_mesh not in meshes:  # pyright: ignore
@@ -97,7 +112,7 @@ def exchange_of(model: nn.Module, share: bool | None) -> Exchange:
             "whole network; distribute all parameters over one mesh, replicated where they are not sharded."
         )
     if not meshes:
-        return _replicated(model, params, share)
+        return _replicated(replicas, params, share)
     from modula_agd.distributed import ManyRanks
 
     group, coordinates = _ranks(meshes[0])
@@ -113,23 +128,20 @@ def exchange_of(model: nn.Module, share: bool | None) -> Exchange:
     return exchange
 
 
-def _is_ddp(model: nn.Module) -> bool:
-    return isinstance(model, nn.parallel.DistributedDataParallel)
-
-
-def _replicated(model: nn.Module, params: Mapping[str, Tensor], share: bool | None) -> Exchange:
+def _replicated(
+    replicas: nn.parallel.DistributedDataParallel | None, params: Mapping[str, Tensor], share: bool | None
+) -> Exchange:
     """Of ranks that all hold all weights."""
     import torch.distributed as dist
 
-    wrapped = _is_ddp(model)
-    if not wrapped and not share:
+    if replicas is None and not share:
         return ALONE
     if not (dist.is_available() and dist.is_initialized()):
         raise InvalidArgument(
             "AGD was asked to share directions among ranks, but there is no process group. Call "
             "torch.distributed.init_process_group first, as under torchrun, or leave share_directions out."
         )
-    group: Any = model.process_group if wrapped else dist.group.WORLD
+    group: Any = dist.group.WORLD if replicas is None else replicas.process_group
     size = dist.get_world_size(group)
     if size == 1:
         return ALONE

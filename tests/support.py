@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from modula_agd import Loss, Module, agd
 from modula_agd.polar import working_dtype
@@ -53,3 +54,12 @@ def trained(network: Module, loss: Loss, x: Any, y: Tensor, steps: int = 30, **o
 def central(function: Callable[[Tensor], Tensor], x: Tensor, along: Tensor, step: float = 1e-6) -> float:
     """The derivative of a number at x along a direction, by a central difference."""
     return float((function(x + step * along) - function(x - step * along)) / (2 * step))
+
+
+def same(x: Any, y: Any) -> bool:
+    """Whether nested tensors and plain values are alike, bit for bit and dtype for dtype."""
+    pairs = list(zip(tree_leaves(x), tree_leaves(y), strict=True))
+    return all(
+        torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        for a, b in pairs
+    )

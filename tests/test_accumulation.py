@@ -153,11 +153,11 @@ def test_other_parameters_in_another_micro_batch_are_refused_and_nothing_is_lost
             model.get_parameter("0.weight").grad = None
         if seed < refused:
             optimizer.accumulate()
-    before, count = {n: p.grad for n, p in model.named_parameters()}, optimizer._count
+    before, count = {n: p.grad for n, p in model.named_parameters()}, optimizer._micro.count
     with pytest.raises(InvalidArgument, match=r"'0\.weight'"):
         optimizer.accumulate()
     assert all(p.grad is before[n] for n, p in model.named_parameters())
-    assert optimizer._count == count
+    assert optimizer._micro.count == count
     optimizer.discard()
     optimizer.zero_grad()
     backward(model, 0)
@@ -194,7 +194,7 @@ def test_many_half_precision_gradients_do_not_stand_still() -> None:
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.accumulate()
-    assert optimizer._micro[0]["0.weight"].unique().tolist() == [300.0]
+    assert optimizer._micro.sums[0]["0.weight"].unique().tolist() == [300.0]
     optimizer.step()
     assert optimizer.current.momentum["0.weight"].unique().tolist() == [1.0]
 

@@ -1,10 +1,12 @@
 """Mistakes that a first user makes: each is a clear error of this library, and nothing is lost."""
 
+import copy
 from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from modula_agd import (
     AGD,
@@ -28,6 +30,7 @@ from modula_agd import (
     agd,
     one_hot,
 )
+from support import same
 
 NETWORK = Linear(2, 3) @ Tanh() @ Linear(3, 4)
 
@@ -275,10 +278,10 @@ def _stepped(model, optimizer, steps: int = 2) -> list[float]:
         ("descents", torch.zeros(1)),
         ("weight", torch.tensor(-0.5)),
         ("smoothed", torch.tensor(float("nan"))),
-        ("momentum", None),
-        ("momentum", {"other": torch.zeros(2)}),
-        ("momentum", {"0.weight": torch.zeros(2, 2)}),
-        ("momentum", {"0.weight": [1.0]}),
+        ("momentum_buffer", None),
+        ("momentum_buffer", torch.zeros(2)),
+        ("momentum_buffer", torch.zeros(2, 2)),
+        ("momentum_buffer", [1.0]),
     ],
     ids=str,
 )
@@ -286,11 +289,14 @@ def test_a_saved_state_that_cannot_be_is_refused_whole(field, value) -> None:
     model = NETWORK.to_torch(0)
     optimizer = AGD(model, SquareLoss())
     _stepped(model, optimizer)
-    saved, before = optimizer.state_dict(), optimizer.current
+    saved, before = optimizer.state_dict(), copy.deepcopy(tree_leaves(optimizer.state_dict()))
+    spoiled = copy.deepcopy(saved)
+    (spoiled["state"][0] if field == "momentum_buffer" else spoiled["param_groups"][0]["agd"])[field] = value
     with pytest.raises(InvalidArgument, match="cannot be"):
-        optimizer.load_state_dict({**saved, "agd": {**saved["agd"], field: value}})
-    assert optimizer.current is before
+        optimizer.load_state_dict(spoiled)
+    assert same(optimizer.state_dict(), before)
     optimizer.load_state_dict(saved)
+    assert same(optimizer.state_dict(), before)
 
 
 @pytest.mark.parametrize(("first", "then"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])

@@ -243,3 +243,24 @@ def test_a_mass_of_no_parameter_is_refused() -> None:
     for masses in ({"nope": 1.0}, None, [1.0]):
         with pytest.raises(InvalidArgument, match="by the name of a parameter"):
             NET.with_masses(masses)
+
+
+def test_the_step_is_what_the_weight_moved_by_with_the_multiplier_and_beside_the_decay() -> None:
+    method = agd(NET, SquareLoss(), decay=0.4, momentum=None)
+    params = NET.init(0, dtype=torch.float64)
+    grads = torch.func.grad(method.objective)(params, gaussian(8, 4), gaussian(8, 3, seed=1))
+    grads["0.weight"] = torch.zeros_like(grads["0.weight"])
+    updates, state = method.update(grads, method.init(params), params)
+    shares = {share.name: share for share in explain(method, state, {"2.weight": 0.5}).shares}
+    for name, multiplier in ((list(params)[1], 1.0), ("2.weight", 0.5)):
+        share, norm = shares[name], NET.weights()[name].norm
+        along = norm.size(multiplier * updates[name] + share.decayed * params[name])
+        # singular values of a polar factor end between 0.997 and 1
+        assert share.moved == pytest.approx(float(along), rel=3e-3)
+        assert share.decayed == pytest.approx(multiplier * 0.4 * float(state.t))
+    # a zero gradient moves nothing, by decay neither
+    assert (shares["0.weight"].moved, shares["0.weight"].decayed) == (0, 0)
+    assert not updates["0.weight"].any()
+    text = str(explain(method, state))
+    assert "decay" in text
+    assert "decay" not in str(explain(agd(NET, SquareLoss()), run(agd(NET, SquareLoss()), 1)[1]))

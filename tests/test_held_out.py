@@ -208,16 +208,43 @@ def test_a_skipped_batch_counts_in_no_mean() -> None:
     assert all(torch.allclose(after[name], expected[name], rtol=1e-12, atol=0) for name in params)
 
 
-def test_after_a_first_batch_that_was_skipped_one_good_one_fills_the_momentum() -> None:
-    method = agd(NET, SquareLoss(), nonfinite="skip")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("refresh", [1, 3])
+def test_after_first_batches_that_were_skipped_training_begins_as_if_they_had_not_been(compiled, refresh) -> None:
+    if compiled and refresh > 1:
+        pytest.skip("directions that serve several steps are not kept by compiled code")
+    method = agd(NET, SquareLoss(), nonfinite="skip", refresh=refresh)
+    torch.compiler.reset()
+    update = torch.compile(method.update, backend="eager", fullgraph=True) if compiled else method.update
     params = NET.init(0, dtype=torch.float64)
-    good = gradients(method, params, *batch(0))
-    bad = {name: torch.full_like(value, math.inf) for name, value in good.items()}
-    _, state = method.update(bad, method.init(params), params)
-    first, state = method.update(good, state, params)
-    second, state = method.update(good, state, params)
-    assert not any(update.any() for update in first.values())
-    assert all(update.any() for update in second.values())
+    bad = {name: torch.full_like(value, math.inf) for name, value in params.items()}
+    late, state = method.init(params), method.init(params)
+    for _ in range(2):
+        updates, late = update(bad, late, params)
+        assert not any(value.any() for value in updates.values())
+    assert int(late.skipped) == 2
+    for seed in range(4):
+        grads = gradients(method, params, *batch(seed))
+        updates, late = update(grads, late, params)
+        expected, state = method.update(grads, state, params)
+        assert all(update.any() for update in updates.values())
+        # which directions are due is a matter of the clock, which counts skipped steps too
+        if refresh == 1:
+            for name in params:
+                torch.testing.assert_close(updates[name], expected[name], rtol=1e-12, atol=0)
+                torch.testing.assert_close(late.momentum[name], state.momentum[name], rtol=1e-12, atol=0)
+
+
+def test_a_skipped_step_leaves_no_direction_behind() -> None:
+    method = agd(NET, SquareLoss(), nonfinite="skip", refresh=3)
+    params = NET.init(0, dtype=torch.float64)
+    _, state = method.update(gradients(method, params, *batch(0)), method.init(params), params)
+    bad = {name: torch.full_like(value, math.nan) for name, value in params.items()}
+    _, after = method.update(bad, state, params)
+    assert after.directions.keys() == state.directions.keys() != set()
+    assert all(torch.equal(value, state.directions[name]) for name, value in after.directions.items())
+    _, first = method.update(bad, method.init(params), params)
+    assert not any(value.any() for value in first.directions.values())
 
 
 def test_a_zero_gradient_means_a_zero_step_whatever_the_past() -> None:
