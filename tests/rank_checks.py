@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -373,7 +375,73 @@ def a_partial_parameter_is_refused() -> None:
         AGD(model, SquareLoss())
 
 
-CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
+# -- checkpoints ---------------------------------------------------------------------------------------------------------------
+
+STEPS = 5
+
+
+def _saved(folder: Path, model: nn.Module, optimizer: AGD) -> None:
+    weights, state = get_state_dict(model, optimizer)
+    checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+
+
+def _loaded(folder: Path, model: nn.Module, optimizer: AGD) -> None:
+    weights, state = get_state_dict(model, optimizer)
+    found = {"model": weights, "optimizer": state}
+    checkpoint.load(found, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+
+
+def a_checkpoint_is_written(folder: Path) -> None:
+    """After ``STEPS`` steps, with directions that serve three."""
+    data = batches(WIDE, STEPS)
+    model = sharded(WIDE)
+    optimizer = AGD(model, LOSS, refresh=3)
+    train(model, optimizer, data, shares)
+    _saved(folder / "sharded", model, optimizer)
+    whole_model = DistributedDataParallel(model_of(WIDE))
+    optimizer = AGD(whole_model, LOSS, refresh=3)
+    train(whole_model, optimizer, data, shares)
+    _saved(folder / "replicated", whole_model, optimizer)
+
+
+def a_checkpoint_goes_on(folder: Path) -> None:
+    """On however many ranks, sharded or not, whatever it was written by: the losses of a run that was never stopped."""
+    data = batches(WIDE, 3 * STEPS)
+    losses, reference, expected = alone(WIDE, data, refresh=3)
+    for kind in ("sharded", "replicated"):
+        for again in (sharded(WIDE), DistributedDataParallel(model_of(WIDE))):
+            with torch.no_grad():
+                for weight in again.parameters():
+                    weight.mul_(2)
+            optimizer = AGD(again, LOSS, refresh=3)
+            _loaded(folder / kind, again, optimizer)
+            assert optimizer.current.steps == STEPS
+            close(train(again, optimizer, data[STEPS:], shares), losses[STEPS:])
+            same_weights(again, reference)
+            for (name, found), mean in zip(
+                optimizer.averaged_state().items(), expected.averaged_state().values(), strict=True
+            ):
+                close(whole(found), mean), name
+
+
+def a_whole_state_goes_on_sharded(folder: Path) -> None:
+    """What one process saved with ``torch.save``."""
+    data = batches(WIDE, 2 * STEPS)
+    losses, reference, _ = alone(WIDE, data)
+    _, model, optimizer = alone(WIDE, data[:STEPS])
+    again = sharded(WIDE)
+    for mine, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        mine.data.copy_(distribute_tensor(theirs.detach(), mine.device_mesh, mine.placements))
+    resumed = AGD(again, LOSS)
+    resumed.load_state_dict(optimizer.state_dict())
+    close(train(again, resumed, data[STEPS:], shares), losses[STEPS:])
+    same_weights(again, reference)
+
+
+CHECKS: dict[str, tuple[Callable[..., None], ...]] = {
+    "writing": (a_checkpoint_is_written,),
+    "going on": (a_checkpoint_goes_on, a_whole_state_goes_on_sharded),
     "two": (
         ddp_equals_one_process,
         the_module_inside_ddp_will_do,
@@ -401,7 +469,7 @@ CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
 }
 
 
-def run(rank: int, size: int, folder: str, which: str) -> None:
+def run(rank: int, size: int, folder: str, which: str, kept: str | None = None) -> None:
     """One rank's part of the checks; what goes wrong is left in a file, one for each check and rank."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -413,7 +481,7 @@ def run(rank: int, size: int, folder: str, which: str) -> None:
     )
     for check in CHECKS[which]:
         try:
-            check()
+            check(*([Path(kept)] if kept else []))
         except BaseException:
             Path(folder, f"{check.__name__}.{rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
             # the others cannot go on without this one
