@@ -225,7 +225,7 @@ def gathered(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
-        control = dist.new_group(backend="gloo")
+        control = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), local, control)
         with (
             open(os.devnull, "w", encoding="utf-8") as nowhere,
