@@ -114,7 +114,9 @@ def measure(options):
         f"{options.depth} layers of {options.width}×{options.width}, global batch {options.batch}, a direction of each matrix at "
         f"every step, one thread per rank, medians of {options.steps} steps, the largest over the ranks, torch {torch.__version__}\n"
     )
-    print("| ranks | directions | gradient ms | directions ms | communication ms | whole step ms | received per matrix |")
+    print(
+        "| ranks | directions | gradient ms | directions ms | communication ms | whole step ms | received per matrix |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for size in options.ranks:
         context = torch.multiprocessing.get_context("spawn")

@@ -65,16 +65,16 @@ def run(options: argparse.Namespace) -> int:
     """
     require("modula-agd train", "matplotlib", "safetensors", "tqdm")
     with gathered(options.device or "auto") as ranks:
-        return _run(restarted(options), ranks)
+        return _run(again(options, ranks), ranks)
 
 
 def _run(options: argparse.Namespace, ranks: Ranks) -> int:
     if options.quiet:
         # what the datasets library asks when it is imported, which happens where it is needed alone
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    again = None if options.resume is None else resumption(options)
-    options = filled(options) if again is None else again.options
-    saved = None if again is None else again.saved
+    taken = None if options.resume is None else resumption(options)
+    options = filled(options) if taken is None else taken.options
+    saved = None if taken is None else taken.saved
     if options.threads:
         torch.set_num_threads(options.threads)
     network, data = given(options, NETWORK_OPTIONS), given(options, DATA_OPTIONS)
@@ -83,7 +83,7 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> int:
     check(options.data, data)
     device = ranks.device(options.device)
     folder = RunFolder(options.out) if options.out else fresh(Path("runs"), _run_name(options))
-    if again is None and ranks.first:
+    if taken is None and ranks.first:
         folder.check(overwrite=options.overwrite)
     if saved is not None and finished(saved, options.steps):
         return _told_to_be_finished(options, sizes, saved, folder) if ranks.first else 0
@@ -96,7 +96,7 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> int:
     recipe = Recipe(options.arch, sizes, logits, source.facts)
     method = _method(options, recipe)
     schedule = _schedule(options, source)
-    config = _config(options, sizes, schedule, folder, source) if again is None else again.config
+    config = _config(options, sizes, schedule, folder, source) if taken is None else taken.config
     config |= {"device": str(device), "versions": _versions()}
     ranks.task(source, schedule.batch_size)
     print(method.network)
@@ -134,19 +134,19 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> int:
     return 0 if outcome.stopped is None else _SIGNALLED + outcome.stopped
 
 
-def restarted(options: argparse.Namespace) -> argparse.Namespace:
+def again(options: argparse.Namespace, ranks: Ranks) -> argparse.Namespace:
     """The options of a run that torchrun has started anew: it goes on from its checkpoint.
 
     Raises:
         InvalidArgument: torchrun may restart a run that would not find its folder again.
     """
-    count, most = restarts()
+    most = restarts()[1]
     if most and options.out is None and options.resume is None:
         raise InvalidArgument(
             f"torchrun may restart this run {most} times, but a new run folder has another name each time. Name one with --out."
         )
     out: Path | None = options.out
-    if not count or options.resume is not None or out is None or not RunFolder(out).config.exists():
+    if not ranks.restarted or options.resume is not None or out is None or not RunFolder(out).config.exists():
         return options
     return argparse.Namespace(**{**vars(options), "resume": out, "overwrite": False})
 

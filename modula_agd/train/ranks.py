@@ -36,12 +36,14 @@ class Ranks:
         size: how many there are.
         local: which one this is on its machine.
         control: the group in which they tell each other to stop, without waiting for an accelerator.
+        restarted: whether torchrun has started them anew.
     """
 
     rank: int = 0
     size: int = 1
     local: int = 0
     control: Any = field(default=None, repr=False)
+    restarted: bool = False
 
     @property
     def first(self) -> bool:
@@ -201,10 +203,29 @@ def launched() -> bool:
 
 
 def restarts() -> tuple[int, int]:
-    """How often torchrun has started the processes of this run anew, and how often it may."""
+    """How often torchrun has started the processes of this run anew, as far as this machine knows, and how often it may."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 0
     return int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["TORCHELASTIC_MAX_RESTARTS"])
+
+
+def _meeting() -> dict[str, Any]:
+    """Where the processes of torchrun find each other, for ``init_process_group``.
+
+    Those of a restart would read the addresses of the processes before them out of the store that the agent keeps
+    (https://github.com/pytorch/pytorch/issues/135712), unless names are told apart. On several machines restarts are not counted alike.
+    """
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not agent or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+        return {}
+    import torch.distributed as dist
+
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # pyright: ignore[reportPrivateImportUsage]
+    return {
+        "store": dist.PrefixStore(f"modula_agd/{restarts()[0]}", store),  # pyright: ignore[reportPrivateImportUsage]
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(os.environ["WORLD_SIZE"]),
+    }
 
 
 @contextmanager
@@ -215,7 +236,7 @@ def gathered(device: str) -> Iterator[Ranks]:
         device: the name that ``--device`` gave.
     """
     if not launched():
-        yield ONE
+        yield replace(ONE, restarted=restarts()[0] > 0)
         return
     import torch.distributed as dist
 
@@ -223,10 +244,12 @@ def gathered(device: str) -> Iterator[Ranks]:
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_cuda:
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if on_cuda else "gloo")
+    dist.init_process_group("nccl" if on_cuda else "gloo", **_meeting())
     try:
         control = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
-        ranks = Ranks(dist.get_rank(), dist.get_world_size(), local, control)
+        again = torch.tensor(restarts()[0])
+        dist.all_reduce(again, dist.ReduceOp.MAX, group=control)
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), local, control, bool(again))
         with (
             open(os.devnull, "w", encoding="utf-8") as nowhere,
             redirect_stdout(sys.stdout if ranks.first else nowhere),
