@@ -32,6 +32,8 @@ from modula_agd.bound import Bound as Bound
 from modula_agd.bound import Constant as Constant
 from modula_agd.bound import Gain as Gain
 from modula_agd.bound import Grade as Grade
+from modula_agd.bridge.bridged import from_torch as from_torch
+from modula_agd.bridge.declare import declare as declare
 from modula_agd.compound import MLP as MLP
 from modula_agd.compound import ResMLP as ResMLP
 from modula_agd.compound import SwiGLU as SwiGLU

@@ -7,7 +7,7 @@ from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Certified, ClosedForm, ExactGrowth, Search
 from modula_agd.method import Method
-from modula_agd.module import Module
+from modula_agd.network import Network
 from modula_agd.run import Constants
 from modula_agd.space import finite
 
@@ -16,7 +16,7 @@ MOMENTUM = 0.95
 
 
 def agd(
-    network: Module,
+    network: Network,
     loss: Loss,
     *,
     direction: Literal["spectral", "frobenius"] = "spectral",
@@ -68,10 +68,11 @@ def agd(
         raise InvalidArgument(
             f"agd was given search={search!r}; pass an instance such as ExactGrowth() or ClosedForm()"
         )
-    if not isinstance(network, Module) or not isinstance(loss, Loss):
+    if not isinstance(network, Network) or not isinstance(loss, Loss):
         raise SpaceMismatch(
-            f"agd(network, loss) takes a modula_agd module and a modula_agd loss, but got {type(network).__name__} and "
-            f"{type(loss).__name__}. Build the network from modules such as Linear, the loss as CrossEntropy()."
+            f"agd(network, loss) takes a modula_agd network and a modula_agd loss, but got {type(network).__name__} and "
+            f"{type(loss).__name__}. Build the network from modules such as Linear or by from_torch(model, example), the loss as "
+            "CrossEntropy()."
         )
     wanted = ("tracked", "proved") if search.needs_evidence else ("prescribed", "typical")
     sizes, constants = sizes or wanted[0], constants or wanted[1]
@@ -148,7 +149,7 @@ def agd(
     return method
 
 
-def published(network: Module, loss: Loss) -> Method:
+def published(network: Network, loss: Loss) -> Method:
     """AGD exactly as published: Frobenius directions, depth counted in parameter tensors, magnitude 1, declared sizes.
 
     The declared size is 1 for every weight matrix. The paper has no biases; here a ``Bias`` counts with its own size.
@@ -157,7 +158,7 @@ def published(network: Module, loss: Loss) -> Method:
     return agd(network, loss, direction="frobenius", search=ClosedForm(depth=tensors, magnitude=1.0), momentum=None)
 
 
-METHODS: dict[str, Callable[[Module, Loss], Method]] = {
+METHODS: dict[str, Callable[[Network, Loss], Method]] = {
     "held-out": agd,
     "agd": published,
     "closed-form": lambda network, loss: agd(network, loss, search=ClosedForm(), momentum=None),

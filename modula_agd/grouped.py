@@ -1,5 +1,6 @@
 """An optimizer's dealings with ``torch.optim``: groups of parameters, what is remembered of each, saving and copying."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +14,23 @@ from modula_agd.placement import spread
 from modula_agd.space import finite
 from modula_agd.state import WEIGHT_SIZED, State
 
-Rates = dict[str, float | Tensor]
-"""What multiplies the step of each parameter: a number that was looked at, or a tensor that the device looks at."""
+Rates = list[float | Tensor]
+"""What multiplies the step of each group: a number that was looked at, or a tensor that the device looks at."""
+
+
+@dataclass
+class Now:
+    """What is of this moment and goes into no checkpoint; one object, which wrappers that copy an optimizer's attributes share.
+
+    Args:
+        swapped: whether the model holds averaged weights.
+        applied: the multipliers of the last step, by parameter.
+        watched: the descents of a step, on their way from the device, and the event of their arrival.
+    """
+
+    swapped: bool = False
+    applied: dict[str, float | Tensor] = field(default_factory=dict)
+    watched: tuple[Tensor, torch.Event] | None = None
 
 
 class Grouped(torch.optim.Optimizer):
@@ -30,8 +46,8 @@ class Grouped(torch.optim.Optimizer):
     averaging: bool
     capturable: bool
     _inner: nn.Module
-    _swapped: bool
-    _own: tuple[str, ...] = ("method", "averaging", "capturable", "_inner", "_swapped")
+    _now: Now
+    _own: tuple[str, ...] = ("method", "averaging", "capturable", "_inner")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train further parameters of the network, such as those that were frozen before, with an ``lr`` of their own.
@@ -52,7 +68,7 @@ class Grouped(torch.optim.Optimizer):
         """Give up what is of the time before a state was loaded."""
 
     def _live(self, what: str) -> None:
-        if self._swapped:
+        if self._now.swapped:
             raise InvalidArgument(
                 f"{what} was called inside averaged(), where the model holds the weights to evaluate. Leave the block first."
             )
@@ -123,26 +139,36 @@ class Grouped(torch.optim.Optimizer):
                 entry.pop("direction", None)
 
     def _rates(self) -> Rates:
-        """What multiplies the step of each parameter: a number that was looked at, or a tensor that the device looks at."""
-        rates: Rates = {}
+        """The multiplier of each group.
+
+        Raises:
+            InvalidArgument: one that can be looked at is no number ≥ 0.
+        """
+        rates: Rates = []
         for index, group in enumerate(self.param_groups):
             rate = told = group["lr"]
             if isinstance(rate, Tensor) and rate.numel() == 1:
                 if self.capturable or rate.device.type != "cpu" or torch.compiler.is_compiling():
-                    rates |= dict.fromkeys(group["param_names"], rate.reshape(()))
+                    rates.append(rate if rate.ndim == 0 else rate.reshape(()))
                     continue
                 told = rate.item()
             if not (finite(told) and told >= 0):
                 raise InvalidArgument(
                     f"the multiplier param_groups[{index}]['lr'] of AGD is {rate!r}, which is not a finite number ≥ 0"
                 )
-            rates |= dict.fromkeys(group["param_names"], float(told))
+            rates.append(float(told))
         return rates
+
+    def _by_name(self, rates: Rates) -> dict[str, float | Tensor]:
+        """The multiplier of each parameter."""
+        groups = zip(self.param_groups, rates, strict=True)
+        return {name: rate for group, rate in groups for name in group["param_names"]}
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own lists what it copies and pickles, and would leave the method behind
         self._live("copying or pickling")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._own}}
+        mine = {name: getattr(self, name) for name in self._own}
+        return {**super().__getstate__(), **mine, "_now": Now(applied=self._now.applied)}
 
     def __repr__(self) -> str:
         lines = [f"Parameter Group {i}\n    lr: {group['lr']}" for i, group in enumerate(self.param_groups)]

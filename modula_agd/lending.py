@@ -18,8 +18,7 @@ class Lending(Grouped):
     def _averages(self) -> dict[str, Tensor]:
         """The averages that there are, by name."""
         begun = {name: entry for name, entry in self._entries().items() if entry.get("begun")}
-        numbers = self.param_groups[0]["agd"]
-        statistics = numbers["buffers"] if int(numbers["clock"]) else {}
+        statistics = self.param_groups[0]["agd"]["buffers"] if begun else {}
         return {**{name: entry["average"] for name, entry in begun.items() if "average" in entry}, **statistics}
 
     def _renew_average(self) -> None:
@@ -29,7 +28,8 @@ class Lending(Grouped):
         for name, value in self._statistics().items():
             numbers["buffers"].setdefault(name, value.clone())
         average = self._averages()
-        count = numbers["steps"] if self.capturable else int(numbers["clock"])
+        device = self.capturable or torch.compiler.is_compiling()
+        count = numbers["steps"] if device else int(numbers["clock"])
         held = {name: local(value) for name, value in average.items()}
         average_(held, {name: local(live[name]) for name in average}, count)
 
@@ -58,7 +58,7 @@ class Lending(Grouped):
         Raises:
             InvalidArgument: as ``averaged_state``, or inside another such block.
         """
-        if self._swapped:
+        if self._now.swapped:
             raise InvalidArgument("averaged() was entered inside averaged(). Leave the first block before.")
         mean, live = self.averaged_state(), {**self._parameters(), **self._statistics()}
         kept = {name: value.detach().clone() for name, value in live.items()}
@@ -66,7 +66,7 @@ class Lending(Grouped):
             for name, value in live.items():
                 value.copy_(mean[name])
         reshard(self._inner)
-        self._swapped = True
+        self._now.swapped = True
         try:
             yield
         finally:
@@ -74,4 +74,4 @@ class Lending(Grouped):
                 for name, value in live.items():
                     value.copy_(kept[name])
             reshard(self._inner)
-            self._swapped = False
+            self._now.swapped = False

@@ -30,7 +30,7 @@ from modula_agd.held_out import begun, measured, renewed
 from modula_agd.inspection import check_finite, check_parameters, check_step, check_update, loss_told
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence, Majorant, Search
-from modula_agd.module import Module
+from modula_agd.network import Network
 from modula_agd.norm import Direction, Norm, wide
 from modula_agd.run import Constants, Weighted
 from modula_agd.space import Space, brief
@@ -84,7 +84,7 @@ class Move(NamedTuple):
 class Method:
     """An optimisation method for one network and one loss; made by ``agd``, whose arguments its fields are."""
 
-    network: Module
+    network: Network
     loss: Loss
     direction: Literal["spectral", "frobenius"]
     search: Search
@@ -155,7 +155,7 @@ class Method:
     ) -> Evidence:
         """R and a₀ of a batch, by one forward pass; of dropout, with a generator in the state that the gradient's had."""
         with torch.no_grad():
-            domain, codomain = self._spaces()
+            domain, codomain = _settled(self.network, self.network.domain), self._codomain()
             outputs, _ = self.network.run(params, inputs, generator=generator)
             residual = self.loss.residual(outputs, targets, codomain)
             return Evidence(residual, domain.norm(inputs).amax())
@@ -446,14 +446,8 @@ class Method:
                 "Pass evidence=method.evidence(params, inputs, targets) of the same batch."
             )
 
-    def _spaces(self) -> tuple[Space, Space]:
-        domain, codomain = self.network.domain, self.network.codomain
-        if domain is None or codomain is None:
-            raise UnknownBound(
-                f"{brief(self.network)} has no settled spaces. Compose it with a typed module such as Linear, or name its domain: "
-                "network.bind(Features(3))."
-            )
-        return domain, codomain
+    def _codomain(self) -> Space:
+        return _settled(self.network, self.network.codomain)
 
     def _sizes(self, params: Mapping[str, Tensor], device: torch.device, exchange: Exchange) -> Tensor:
         """ω_k: declared, or a certified bound of the current norm, never below the floor."""
@@ -503,8 +497,7 @@ class Method:
         )
 
     def _conversion(self) -> float:
-        _, codomain = self._spaces()
-        proved, typical = self.loss.conversion(codomain)
+        proved, typical = self.loss.conversion(self._codomain())
         return proved.value if self.constants == "proved" else typical.value
 
     def sensitivities(self, state: State) -> dict[str, float]:
@@ -519,8 +512,7 @@ class Method:
 
     def certificate(self) -> Bound:
         """The network's bound at t = 0 with the loss's own constants counted in: the grade of the whole, and what it assumes."""
-        _, codomain = self._spaces()
-        proved, typical = self.loss.conversion(codomain)
+        proved, typical = self.loss.conversion(self._codomain())
         bound = self.network.bound(0.0, magnitude=self.magnitude, constants=self.constants)
         bound = bound.graded(self.loss.curvature, f"curvature of {type(self.loss).__name__}")
         bound = bound.graded(proved if self.constants == "proved" else typical, "output norm")
@@ -537,6 +529,15 @@ class Method:
                 f"relaxation: the loss bears steps of {self.relaxation:g} times the majorant's minimiser"
             )
         return bound
+
+
+def _settled(network: Network, space: Space | None) -> Space:
+    if space is None:
+        raise UnknownBound(
+            f"{brief(network)} has no settled spaces. Compose it with a typed module such as Linear, or name its domain: "
+            "network.bind(Features(3))."
+        )
+    return space
 
 
 def _kept(new: dict[str, Tensor], old: dict[str, Tensor], finite: Bool[Tensor, ""] | None) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ norm           ‖W‖                                        direction         
 ``RMS``        ‖b‖₂/sqrt(d)                               sqrt(d)·b/‖b‖₂                      sqrt(d)·‖g‖₂
 ``Sign``       max |s|                                    sign(g)                             ‖g‖₁
 ``RowBlocks``  max over blocks of rows of the inner norm  per block                           Σ_blocks inner dual
+``Transposed`` inner norm of the transpose                transposed                          inner dual
 =============  =========================================  ==================================  ======================
 """
 
@@ -353,3 +354,53 @@ class RowBlocks(Norm):
     @property
     def euclidean(self) -> Norm:
         return RowBlocks(self.inner.euclidean, self.blocks)
+
+
+@dataclass(frozen=True)
+class Transposed(Norm):
+    """A norm of the matrices [..., o, i] whose transposes [..., i, o] are given: weights that multiply from the right.
+
+    Args:
+        inner: the norm of the matrices.
+    """
+
+    inner: Norm
+
+    def size(self, weight: Float[Tensor, "*stack in_ out"]) -> Scalar:
+        return self.inner.size(weight.mT)
+
+    def bound(self, weight: Float[Tensor, "*stack in_ out"]) -> Scalar:
+        return self.inner.bound(weight.mT)
+
+    def direction(self, gradient: Float[Tensor, "*stack in_ out"]) -> Direction:
+        return self._turned(self.inner.direction(gradient.mT))
+
+    def matrices(self, gradient: Float[Tensor, "*stack in_ out"]) -> list[Float[Tensor, "*matrices rows cols"]]:
+        return self.inner.matrices(gradient.mT)
+
+    def assembled(
+        self, gradient: Float[Tensor, "*stack in_ out"], factors: list[Float[Tensor, "*matrices rows cols"]]
+    ) -> Direction:
+        return self._turned(self.inner.assembled(gradient.mT, factors))
+
+    def _turned(self, direction: Direction) -> Direction:
+        if direction.factor.ndim == 0:
+            return Direction(direction.base.mT.contiguous(), direction.factor)
+        base = direction.dense().mT.contiguous()
+        return Direction(base, direction.factor.new_ones(()))
+
+    def dual(self, gradient: Float[Tensor, "*stack in_ out"]) -> Scalar:
+        return self.inner.dual(gradient.mT)
+
+    def draw(
+        self, shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
+    ) -> Float[Tensor, "*stack in_ out"]:
+        turned = (*shape[:-2], shape[-1], shape[-2])
+        return self.inner.draw(turned, generator, device, dtype).mT.contiguous()
+
+    def __str__(self) -> str:
+        return f"Transposed({self.inner})"
+
+    @property
+    def euclidean(self) -> "Norm":
+        return Transposed(self.inner.euclidean)

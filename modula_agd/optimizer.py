@@ -12,7 +12,7 @@ from modula_agd.accumulation import MicroBatches
 from modula_agd.agd import agd
 from modula_agd.error import InvalidArgument
 from modula_agd.explanation import Explanation, explain, scalars
-from modula_agd.grouped import Rates
+from modula_agd.grouped import Now, Rates
 from modula_agd.held_out import renewed
 from modula_agd.holder import holder, outside, parameters, refuse
 from modula_agd.inspection import check_gradients
@@ -23,6 +23,7 @@ from modula_agd.method import Method, Move
 from modula_agd.placement import data_parallel, exchange_of, local, local_gradient, reshard, skips_reduction
 from modula_agd.space import finite
 from modula_agd.state import WEIGHT_SIZED, State
+from modula_agd.torch_module import TorchModule
 
 
 class AGD(Lending):
@@ -51,7 +52,7 @@ class AGD(Lending):
         InvalidArgument: an option is none of ``agd``, or does not go with another.
     """
 
-    _own = (*Lending._own, "_outside", "_micro", "_applied", "_replicas", "_exchange")
+    _own = (*Lending._own, "_outside", "_micro", "_replicas", "_exchange")
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class AGD(Lending):
         ready = loss if isinstance(loss, Method) else None
         self._inner = holder(model, ready)
         _check_options(ready, options)
-        network = getattr(self._inner, "network", None)
+        network = self._inner.network if isinstance(self._inner, TorchModule) else None
         self.method = ready or agd(network, loss, **options)  # pyright: ignore
         if network is not None and self.method.network != network:
             raise InvalidArgument(
@@ -88,10 +89,7 @@ class AGD(Lending):
         self._replicas = data_parallel(model)
         self._exchange = exchange_of(params, self._replicas, share_directions)
         self._outside = outside(model, self._inner, self.method.atoms)
-        self._swapped = False
-        self._micro = MicroBatches()
-        self._applied: Rates = {}
-        self._watched: tuple[Tensor, torch.Event] | None = None
+        self._now, self._micro = Now(), MicroBatches()
         start = self.method.init(params)._asdict()
         if groups is not None:
             groups = [groups] if isinstance(groups, dict | Tensor | str) else list(groups)
@@ -175,7 +173,7 @@ class AGD(Lending):
         grads = {name: _gradient(trained.get(name)) for name in params}
         grads, seen, part = self._micro.gathered(self.method, before, params, grads, self._exchange)
         move = self.method.decide(grads, seen, params, evidence, loss, self._exchange)
-        allowed = _allowed(move, rates)
+        allowed, multipliers = _allowed(move, rates), self._by_name(rates)
         for name in move.gradients:
             entry = self.state[whole[name]]
             begun = entry.get("begun")
@@ -185,7 +183,7 @@ class AGD(Lending):
                 local(entry["average"]).copy_(params[name])
             entry["begun"] = 1
         for name, direction in move.directions.items():
-            weight, base, rate = params[name], direction.base, rates[name]
+            weight, base, rate = params[name], direction.base, multipliers[name]
             factor = (rate * move.factor(name, direction)).to(base.dtype)
             if allowed is not None:
                 # NaN times 0 is NaN: what may not move is taken out of the direction, too
@@ -209,22 +207,19 @@ class AGD(Lending):
                     for name, value in momentum.items()
                 }
         self.current = move.state._replace(momentum=momentum)
-        self._applied = rates
+        self._now.applied = multipliers
         self._renew_average()
         reshard(self._inner)
 
     def _forget(self) -> None:
         self.discard()
-        self._applied = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_watched": None}
+        self._now.applied = {}
 
     # -- what it tells ---------------------------------------------------------------------------------------------------
 
     def explain(self) -> Explanation:
         """Why the last step was as long as it was, layer by layer; ``print`` it. Waits for the device."""
-        rates = {name: float(rate) for name, rate in self._applied.items()}
+        rates = {name: float(rate) for name, rate in self._now.applied.items()}
         return explain(self.method, _held(self.current), rates, self._exchange)
 
     def scalars(self) -> dict[str, float]:
@@ -232,22 +227,22 @@ class AGD(Lending):
 
         Waits for the device, once.
         """
-        return scalars(self.method, self.current, self._applied)
+        return scalars(self.method, self.current, self._now.applied)
 
     def _watch(self) -> None:
         """On an accelerator, ask for the descents of this step without waiting for the answer."""
         descents = self.param_groups[0]["agd"]["descents"]
-        if descents.device.type == "cpu" or self.method.skips or self.capturable or self._watched is not None:
+        if descents.device.type == "cpu" or self.method.skips or self.capturable or self._now.watched is not None:
             return
         # only a copy into pinned memory leaves the host free
         landing = torch.empty_like(descents, device="cpu", pin_memory=True)
         arrived = torch.Event(descents.device)
-        self._watched = landing.copy_(descents, non_blocking=True), arrived
+        self._now.watched = landing.copy_(descents, non_blocking=True), arrived
         arrived.record()
 
     def _look(self) -> None:
-        if self._watched is not None and self._watched[1].query():
-            descents, self._watched = self._watched[0], None
+        if self._now.watched is not None and self._now.watched[1].query():
+            descents, self._now.watched = self._now.watched[0], None
             self.method.check(self.current._replace(descents=descents))
 
 
@@ -291,16 +286,11 @@ def _allowed(move: Move, rates: Rates) -> Tensor | None:
     Raises:
         InvalidArgument: a multiplier takes a step to infinity.
     """
-    tensors = {id(rate): rate for rate in rates.values() if isinstance(rate, Tensor)}
-    if move.finite is None:
-        t = float(move.state.t)
-        for rate in {rate for rate in rates.values() if not isinstance(rate, Tensor)}:
-            if not finite(rate * t):
-                raise InvalidArgument(
-                    f"the multiplier param_groups[...]['lr'] of AGD is {rate:g}, which takes a step to infinity"
-                )
-    allowed = move.finite
-    for rate in tensors.values():
-        good = ((rate >= 0) & (rate * move.state.t).isfinite()).to(move.state.t.device)
-        allowed = good if allowed is None else allowed & good
+    allowed, t = move.finite, move.state.t
+    for rate in rates:
+        if isinstance(rate, Tensor):
+            good = ((rate >= 0) & (rate * t).isfinite()).to(t.device)
+            allowed = good if allowed is None else allowed & good
+        elif move.finite is None and not finite(rate * float(t)):
+            raise InvalidArgument(f"the multiplier 'lr' of AGD is {rate:g}, which takes a step to infinity")
     return allowed

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten_with_path
 
 from modula_agd import Loss, Module, agd
 from modula_agd.polar import working_dtype
@@ -57,9 +57,9 @@ def central(function: Callable[[Tensor], Tensor], x: Tensor, along: Tensor, step
 
 
 def same(x: Any, y: Any) -> bool:
-    """Whether nested tensors and plain values are alike, bit for bit and dtype for dtype."""
-    pairs = list(zip(tree_leaves(x), tree_leaves(y), strict=True))
-    return all(
+    """Whether nested tensors and plain values are alike, bit for bit and dtype for dtype, whatever the order of keys."""
+    first, second = (dict(tree_flatten_with_path(value)[0]) for value in (x, y))
+    return first.keys() == second.keys() and all(
         torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
-        for a, b in pairs
+        for a, b in ((value, second[path]) for path, value in first.items())
     )

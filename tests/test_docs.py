@@ -1,5 +1,6 @@
-"""Every code block of every page runs, in order, in one namespace a page."""
+"""Every code block of every page runs, in order, in one namespace a page; excerpts are what they are said to be."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,3 +19,10 @@ def test_the_code_of_a_page_runs(page: Path) -> None:
     assert bool(examples) == (page.name in WITH_CODE)
     for example in examples:
         example.evaluate()
+
+
+def test_excerpts_of_the_guide_are_from_the_tests_of_frameworks() -> None:
+    blocks = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs" / "guide.md").read_text(encoding="utf-8"), re.M | re.S)
+    tested = {line.strip() for line in (ROOT / "tests" / "test_frameworks.py").read_text(encoding="utf-8").splitlines()}
+    assert len(blocks) >= 5
+    assert [line for block in blocks for line in map(str.strip, block.splitlines()) if line not in tested] == []

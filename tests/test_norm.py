@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modula_agd import RMS, Frobenius, Norm, PerTap, RowNorm, Sign, Spectral, Unfolded
-from modula_agd.norm import Direction
+from modula_agd import RMS, Frobenius, Norm, PerTap, RowBlocks, RowNorm, Sign, Spectral, Unfolded
+from modula_agd.norm import Direction, Transposed
 from support import DTYPES, gaussian, seeded, tolerance, with_singular_values
 
 CPU = torch.device("cpu")
@@ -18,6 +18,9 @@ CASES: dict[str, tuple[Norm, tuple[int, ...]]] = {
     "Spectral n×1": (Spectral(), (6, 1)),
     "Spectral 1×1": (Spectral(), (1, 1)),
     "Spectral stack": (Spectral(), (3, 2, 4, 5)),
+    "Spectral transposed": (Transposed(Spectral()), (5, 8)),
+    "RowNorm transposed": (Transposed(RowNorm(2.0)), (5, 8)),
+    "RowBlocks transposed": (Transposed(RowBlocks(Spectral(), 3)), (5, 6)),
     "Frobenius": (Frobenius(), (5, 8)),
     "Frobenius 1×1": (Frobenius(), (1, 1)),
     "Frobenius stack": (Frobenius(), (3, 2, 4, 5)),

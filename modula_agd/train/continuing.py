@@ -128,7 +128,8 @@ def taken_up(saved: Checkpoint, trainer: Trainer, schedule: "Schedule") -> Point
         )
     # whose tensors are where, and in what order, they are when training begins
     start = trainer.start(schedule.seed)
-    state = _state(saved, start)
+    params = _like(saved.params, start.params, "weights")
+    state = _state(saved, start, trainer)
     sums = saved.loop.get(_METER)
     try:
         trainer.generator.set_state(saved.loop[_DROPOUT])
@@ -138,7 +139,7 @@ def taken_up(saved: Checkpoint, trainer: Trainer, schedule: "Schedule") -> Point
             "that the run was on."
         ) from error
     return Point(
-        _like(saved.params, start.params, "weights"),
+        params,
         _like(saved.buffers, start.buffers, "running statistics"),
         _like(saved.average, start.average, "averaged weights"),
         state,
@@ -163,7 +164,7 @@ def _told(saved: Checkpoint) -> dict[str, Any]:
     return told
 
 
-def _state(saved: Checkpoint, start: Point) -> Any:
+def _state(saved: Checkpoint, start: Point, trainer: Trainer) -> Any:
     """The optimizer's state, each tensor where training has it."""
     state = state_like(start.state, saved.state)
     shapes = {name: tuple(value.shape) for name, value in start.params.items()}
@@ -171,6 +172,8 @@ def _state(saved: Checkpoint, start: Point) -> Any:
     wrong = complaint(state._asdict(), start.state)
     for what, tensors in held.items():
         wrong = wrong or odd_tensors(what, tensors, shapes) or not_finite(what, tensors)
+    if wrong is None and held["momentum"] and trainer.method.momentum is None:
+        wrong = "it has momentum, where this method has none"
     if wrong is not None:
         raise CheckpointError(f"the checkpoint's state of the optimizer cannot be gone on with: {wrong}. {_REMEDY}.")
     return state._replace(

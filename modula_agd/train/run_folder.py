@@ -86,9 +86,11 @@ class RunFolder:
     def create(self, config: Mapping[str, Any]) -> None:
         """Make the folder, drop an earlier run's files from it, and write the configuration."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in (self.log, self.checkpoint, self.config, self.plot):
+        for file in (self.log, self.checkpoint, self.plot):
             file.unlink(missing_ok=True)
             tidy(file)
+        # the old configuration goes when the new one is whole: a folder with one can be gone on with
+        tidy(self.config)
         self.configure(config)
 
     def take_up(self, config: Mapping[str, Any]) -> None:

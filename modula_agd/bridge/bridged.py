@@ -1,0 +1,175 @@
+"""The bridge: a ``torch.nn.Module`` that knows nothing of bounds, as a network that declares them, over the same parameters."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+
+from modula_agd.bound import Bound
+from modula_agd.bridge.capture import Captured, arguments, capture, chosen
+from modula_agd.bridge.declare import rule_of
+from modula_agd.bridge.flow import Flow, propagate
+from modula_agd.bridge.operators import UNMOVED
+from modula_agd.bridge.weights import Leaf, Weight, declared, leaves, score_nodes, uses
+from modula_agd.error import InvalidArgument, SpaceMismatch
+from modula_agd.network import Network
+from modula_agd.run import EVALUATION, Parameters, Run, Step, Weighted
+from modula_agd.space import Features, Image, Logits, Sequence, Space, Volume, brief
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Bridged(Network):
+    """A captured model; made by ``from_torch``.
+
+    Args:
+        model: the model, whose own forward is what is applied.
+        choose: which of its outputs counts.
+        captured: its graph.
+        ends: the space of its outputs.
+        declarations: each parameter's.
+        ratios: what a parameter's size is multiplied with in each use.
+    """
+
+    model: nn.Module
+    choose: Any
+    captured: Captured
+    ends: Space
+    declarations: Mapping[str, Weight]
+    ratios: Mapping[tuple[fx.Node, fx.Node], float]
+
+    @property
+    def domain(self) -> Space | None:
+        """None: a captured model takes what its forward takes, of which no norm is declared."""
+        return None
+
+    @property
+    def codomain(self) -> Space | None:
+        return self.ends
+
+    def bind(self, domain: Space) -> Self:
+        raise SpaceMismatch(f"{self!r} was bound to {domain}, but takes whatever its forward takes")
+
+    @cached_property
+    def _corrections(self) -> dict[Any, float]:
+        """Filled by the first bound, which is that of the example and of the declared sizes."""
+        found: dict[Any, float] = {}
+        step = Step()
+        propagate(
+            Flow(self.captured, self.declarations, self.ratios, self._leaves, self._scores, step, found),
+            rule_of,
+            UNMOVED,
+        )
+        return found
+
+    @cached_property
+    def _leaves(self) -> dict[fx.Node, Leaf]:
+        return leaves(self.captured)
+
+    @cached_property
+    def _scores(self) -> frozenset[fx.Node]:
+        return frozenset(score_nodes(self.captured)) if isinstance(self.ends, Logits) else frozenset()
+
+    def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Tensor:
+        args, kwargs = arguments(x)
+        kept = {
+            name: value.detach().clone() for name, value in {**dict(self.model.named_buffers()), **run.buffers}.items()
+        }
+        modes = {module: module.training for module in self.model.modules()}
+        if self.model.training != run.training:
+            self.model.train(run.training)
+        try:
+            result = functional_call(self.model, {**params, **kept}, args, kwargs)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        if run.training:
+            run.renewed.update(kept)
+        return chosen(result, self.choose, self.model)
+
+    def buffers(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, path: str = ""
+    ) -> dict[str, Tensor]:
+        """The model's own buffers as they are, copied."""
+        return {name: value.detach().clone() for name, value in self.model.named_buffers()}
+
+    def propagate(self, x: Any, step: Step, path: str = "") -> Bound:
+        flow = Flow(self.captured, self.declarations, self.ratios, self._leaves, self._scores, step, self._corrections)
+        return propagate(flow, rule_of, UNMOVED)
+
+    def atoms(self, path: str = "") -> Iterator[tuple[str, Weighted]]:
+        yield from self.declarations.items()
+
+    def with_mass(self, mass: float) -> Self:
+        return self.massed({name: mass * weight.mass for name, weight in self.declarations.items()})
+
+    def massed(self, masses: Mapping[str, float], path: str = "") -> Self:
+        changed = {name: weight.with_mass(masses.get(name, weight.mass)) for name, weight in self.declarations.items()}
+        return replace(self, declarations=changed)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The model's parameters that reach its output, by name."""
+        own = dict(self.model.named_parameters())
+        return {name: own[name] for name in self.declarations}
+
+    def __repr__(self) -> str:
+        return f"from_torch({type(self.model).__name__})"
+
+
+def from_torch(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    output: str | int | Callable[[Any], Tensor] | None = None,
+    scores: bool = True,
+    check: bool = True,
+) -> Bridged:
+    """A bound-aware network over the parameters of any ``torch.nn.Module``. Print it to see what each parameter is.
+
+    The model's graph is captured by ``torch.export``; a table from operators to atoms and bonds says what each parameter is and how a
+    step of all of them passes through. Its bound is graded ``assumed``: activations are taken to be as large as on the example.
+
+    Args:
+        model: the model, with fresh or pretrained weights; what does not require a gradient is frozen, a fixed part of the network.
+        example_inputs: a batch of real data, as its forward takes it: a tensor, a tuple of positional arguments, or a dictionary of
+            named ones. Some tens of samples are enough.
+        output: which of its outputs the loss is taken of: an attribute, key or position, or a function of all. By default the tensor
+            itself, or "logits", "sample", "last_hidden_state", or the first floating-point tensor.
+        scores: whether outputs [batch, n] or [batch, time, n] are scores of classes, measured by their maximum, as cross-entropy
+            wants it; False measures by RMS.
+        check: whether to compare what the captured graph computes with what the model computes.
+
+    Returns:
+        A network for ``agd(network, loss)``: ``method.init(network.parameters())``, and ``AGD(model, loss)`` makes its own.
+
+    Raises:
+        InvalidArgument: the model does not run on the example, cannot be captured, or nothing of it can be trained.
+        UnknownBound: an operator has no known bound; says which, where in the model it is called, and how to ``declare`` one.
+        SpaceMismatch: there is no tensor to take a loss of.
+    """
+    captured = capture(model, example_inputs, output, check=check)
+    result = captured.result
+    last = result.shape[-1]
+    classes = scores and result.ndim in (2, 3)
+    spaces: dict[int, Callable[[], Space]] = {
+        1: lambda: Features(last),
+        2: lambda: Logits(last) if classes else Features(last),
+        3: lambda: Logits(last) if classes else Sequence(last),
+        4: lambda: Image(result.shape[-3]),
+        5: lambda: Volume(result.shape[-4]),
+    }
+    if result.ndim not in spaces:
+        raise SpaceMismatch(f"{type(model).__name__} gives outputs of shape {tuple(result.shape)}, of no known space")
+    values = dict(model.named_parameters())
+    places = uses(captured, classes)
+    weights, ratios = declared(captured, places, values)
+    if all(weight.mass == 0 for weight in weights.values()):
+        raise InvalidArgument(
+            f"from_torch found no parameter of {brief(type(model).__name__)} that requires a gradient and reaches the output"
+        )
+    network = Bridged(model, output, captured, spaces[result.ndim](), weights, ratios)
+    network.bound()
+    return network

@@ -1,0 +1,273 @@
+"""Capture: the graph of operator calls that a ``torch.nn.Module`` makes on an example, and how large each activation is there.
+
+The graph is that of ``torch.export``: every call of an operator with where in the model it stands. It is then run once on the
+example, which gives each activation's magnitude a, and checked: what it computes is what the model computes.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
+from modula_agd.error import InvalidArgument, SpaceMismatch
+from modula_agd.space import brief
+
+HIDDEN = 1e4
+"""Entries beyond this are masks that hide a position, not activations."""
+NAMES = ("logits", "sample", "last_hidden_state", "out", "output")
+"""Where models that return several things keep what a loss is taken of, the first that is there."""
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A model on an example.
+
+    Args:
+        graph: calls of operators, in order.
+        parameters: the name of a model's parameter by the placeholder that stands for it.
+        values: what the example gave each other placeholder.
+        magnitudes: RMS of each floating-point tensor that a node gave on the example; of several, of each.
+        peaks: mean over positions of the largest entry, likewise.
+        output: the node whose tensor the loss is taken of.
+        result: what it was on the example.
+    """
+
+    graph: fx.Graph
+    parameters: dict[fx.Node, str]
+    values: dict[fx.Node, Any]
+    magnitudes: dict[fx.Node, Any]
+    peaks: dict[fx.Node, Any]
+    output: fx.Node
+    result: Tensor
+
+
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named arguments of an example: a tensor, a tuple, or a mapping of names."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, tuple | list):
+        return tuple(example), {}
+    return (example,), {}
+
+
+def chosen(outputs: Any, choose: str | int | Callable[[Any], Tensor] | None, model: nn.Module) -> Tensor:
+    """The tensor that a loss is taken of, among what a model returns.
+
+    Args:
+        outputs: a tensor, a tuple, a mapping or an object with attributes.
+        choose: an attribute or key, a position, or a function of the outputs; None takes the tensor itself, the attribute or key
+            "logits", "sample", "last_hidden_state", or the first floating-point tensor.
+        model: for the error's text.
+    """
+    found: Any = outputs
+    if callable(choose):
+        found = choose(outputs)
+    elif choose is not None:
+        keyed = isinstance(outputs, Mapping | tuple | list) and not hasattr(outputs, str(choose))
+        there = not keyed or (choose in outputs if isinstance(outputs, Mapping) else choose in range(len(outputs)))
+        found = getattr(outputs, str(choose), None) if not keyed else outputs[choose] if there else None  # pyright: ignore
+    elif not isinstance(outputs, Tensor):
+        attributes = [getattr(outputs, name, None) for name in NAMES]
+        keys = [outputs.get(name) for name in NAMES] if isinstance(outputs, Mapping) else []
+        named = [x for x in (*attributes, *keys) if isinstance(x, Tensor)]
+        inner = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 0]
+        found = next(iter([*named, *inner]), None)
+    if not (isinstance(found, Tensor) and found.is_floating_point() and found.ndim > 0):
+        raise SpaceMismatch(
+            f"from_torch looked for the tensor that a loss is taken of in what {type(model).__name__} returns, {type(outputs).__name__}, "
+            f"but found {type(found).__name__}. Name it: from_torch(model, example, output='logits'), or a position, or a function."
+        )
+    return found
+
+
+class _Chosen(nn.Module):
+    """A model that returns that one tensor."""
+
+    def __init__(self, model: nn.Module, choose: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.choose = choose
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return chosen(self.model(*args, **kwargs), self.choose, self.model)
+
+
+@contextmanager
+def _as_in_training(model: nn.Module) -> Iterator[None]:
+    """A model that is wholly in evaluation is put into training mode for a while; what is set part by part stays."""
+    modes = {module: module.training for module in model.modules()}
+    if not model.training:
+        model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def capture(
+    model: nn.Module, example: Any, choose: str | int | Callable[[Any], Tensor] | None = None, *, check: bool = True
+) -> Captured:
+    """The graph of a model, and its activations' magnitudes on an example. Leaves model and random state as they were.
+
+    Args:
+        model: any ``torch.nn.Module`` that ``torch.export`` takes.
+        example: what its forward takes, a tensor, a tuple or a mapping: a batch of real data, as magnitudes are measured on it.
+        choose: as for ``chosen``.
+        check: whether to compare the graph's result with the model's.
+
+    Raises:
+        InvalidArgument: the model is none, does not run on the example, cannot be captured, or its graph computes something else.
+        SpaceMismatch: there is no tensor to take a loss of.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidArgument(f"from_torch was given {brief(model)}, which is no torch.nn.Module")
+    args, kwargs = arguments(example)
+    wrapped = _Chosen(model, choose)
+    buffers = {name: value.detach().clone() for name, value in model.named_buffers()}
+    devices = {x.device for x in model.parameters() if x.device.type != "cpu"}
+    with _as_in_training(model), torch.random.fork_rng(sorted(devices, key=str)), torch.no_grad():
+        seed = torch.random.get_rng_state()
+        try:
+            direct = wrapped(*args, **kwargs)
+        except (InvalidArgument, SpaceMismatch):
+            raise
+        except Exception as error:
+            raise InvalidArgument(
+                f"from_torch ran {type(model).__name__} on the example inputs, which failed: {_first_line(error)}. Pass what its "
+                "forward takes: a tensor, a tuple of positional arguments, or a dictionary of named ones."
+            ) from error
+        finally:
+            _restored(model, buffers)
+        try:
+            with warnings.catch_warnings():
+                # about export's own workings
+                warnings.simplefilter("ignore")
+                program = torch.export.export(wrapped, args, kwargs, strict=False)
+        except Exception as error:
+            raise InvalidArgument(
+                f"from_torch could not capture {type(model).__name__} with torch.export: {_first_line(error)}. Control flow that depends "
+                "on values, and calls that leave torch, cannot be captured; write them with torch.where, or compose the network "
+                "from modula_agd modules."
+            ) from error
+        finally:
+            _restored(model, buffers)
+        torch.random.set_rng_state(seed)
+        captured = _measured(program, model, (args, kwargs))
+    if check:
+        _compare(captured.result, direct, model)
+    return captured
+
+
+def _restored(model: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for name, value in model.named_buffers():
+        if name in buffers:
+            value.detach().copy_(buffers[name])
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {brief(text, 400)}"
+
+
+def _compare(result: Tensor, direct: Tensor, model: nn.Module) -> None:
+    scale = float(direct.abs().amax()) if direct.numel() else 0.0
+    away = float((result - direct).abs().amax()) if result.shape == direct.shape and direct.numel() else math.inf
+    rounding = 1e3 * torch.finfo(direct.dtype).eps
+    if not away <= rounding * max(scale, 1e-30) and math.isfinite(scale):
+        raise InvalidArgument(
+            f"the captured graph of {type(model).__name__} gives outputs that are {away:.3g} away from the model's own (largest "
+            f"{scale:.3g}). A model that changes between two calls, or draws random numbers outside of torch, cannot be captured; "
+            "pass check=False if that is known and harmless."
+        )
+
+
+class _Measuring(fx.Interpreter):
+    """Runs the graph and notes how large every activation is."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.magnitudes: dict[fx.Node, Any] = {}
+        self.peaks: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.magnitudes[n] = _each(value, magnitude)
+        self.peaks[n] = _each(value, peak)
+        return value
+
+
+def _each(value: Any, measure: Callable[[Tensor], float]) -> Any:
+    if isinstance(value, Tensor):
+        return measure(value)
+    if isinstance(value, tuple | list):
+        return tuple(_each(part, measure) for part in value)
+    return abs(float(value)) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+
+
+def _seen(x: Tensor) -> Tensor:
+    x = x.detach().double() if x.device.type != "mps" else x.detach().float()
+    return torch.where(x.isfinite() & (x.abs() < HIDDEN), x, torch.zeros_like(x))
+
+
+def magnitude(x: Tensor) -> float:
+    """RMS over the entries that are activations; 0 of what is not floating-point."""
+    if not x.is_floating_point() or x.numel() == 0:
+        return 0.0
+    seen = _seen(x)
+    count = max(1, int(seen.count_nonzero()))
+    full = bool((x.detach().abs() < HIDDEN).all())
+    return float((seen.square().sum() / (x.numel() if full else count)).sqrt())
+
+
+def peak(x: Tensor) -> float:
+    """Mean over positions of the largest entry in the last dimension."""
+    if not x.is_floating_point() or x.numel() == 0 or x.ndim == 0:
+        return magnitude(x)
+    return float(_seen(x).abs().amax(-1).mean())
+
+
+def _measured(program: torch.export.ExportedProgram, model: nn.Module, call: tuple[Any, Any]) -> Captured:
+    """Run the graph once on the example."""
+    graph, signature = program.graph, program.graph_signature
+    # of tied weights, the name that named_parameters() gives
+    names = {id(value): name for name, value in model.named_parameters()}
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    flat = iter(tree_flatten(call)[0])
+    parameters, values, given = {}, {}, []
+    placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    for spec in signature.input_specs:
+        node = placeholders[spec.arg.name]
+        target = (spec.target or "").removeprefix("model.")
+        if spec.kind == InputKind.PARAMETER:
+            parameters[node] = names[id(own[target])]
+            value: Any = own[target].detach()
+        elif spec.kind == InputKind.BUFFER:
+            value = own[target].detach().clone()
+        elif spec.kind == InputKind.USER_INPUT:
+            value = next(flat)
+        else:
+            value = program.constants[spec.target or ""]
+        given.append(tree_map_only(Tensor, torch.Tensor.detach, value))
+        if node not in parameters:
+            values[node] = value
+    runner = _Measuring(program.graph_module)
+    outputs = runner.run(*given, enable_io_processing=False)
+    place = [spec.kind for spec in signature.output_specs].index(OutputKind.USER_OUTPUT)
+    last = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return Captured(
+        graph,
+        parameters,
+        values,
+        runner.magnitudes,
+        runner.peaks,
+        last.args[0][place],
+        outputs[place],  # pyright: ignore
+    )

@@ -1,0 +1,197 @@
+"""Flow: how a bound passes through the calls of a captured graph.
+
+Activations have the magnitudes a that were measured on the example, and **a perturbation passes as its activation does** (mean
+field): through a map of degree 1 the relative change γ − 1 stays what it was. The rest is the algebra of ``bound.py``: a weight is an
+input that moves by r, so that a linear map is a product, γ = γ_x·(1 + κ·r). There κ = ω·a_in/a_out tells how much larger the output's
+change can be than the output is, for a weight that moves by r·ω; in a product of activations γ = γ₁·γ₂; in a sum the mean with
+weights a_i; behind a softmax, whose scores have the magnitude a, 1 + a·(γ − 1).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx
+
+from modula_agd import bound as algebra
+from modula_agd.bound import Bound, Grade, Number, larger, source
+from modula_agd.bridge.capture import Captured
+from modula_agd.bridge.operators import operator_name, writes_in_place
+from modula_agd.bridge.weights import Leaf, Weight
+from modula_agd.error import UnknownBound
+from modula_agd.run import Step
+
+ASSUMPTION = "activations as large as on the example; a perturbation passes as its activation does (mean field)"
+MOST = 16.0
+"""Largest κ: an activation counts for at least 1/16 of what its weight could make of the input, even where it starts at 0."""
+LEAST = {True: 0.3, False: 1.0}
+"""Least magnitude that outputs count with, scores of classes or others: near 0, where many models start, a step that only doubled
+them would look harmless. Chosen once, by training losses after 100 steps (docs/models.md)."""
+TINY = 1e-30
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """A captured model and a step of its weights: what stays the same from call to call.
+
+    Args:
+        captured: the model.
+        weights: each parameter's declaration.
+        ratios: what a weight's size is multiplied with in each use.
+        leaves: nodes that are parameters, or views of them.
+        scores: nodes whose activations are scores of classes, measured by their maximum.
+        step: the relative step.
+        corrections: by call and result, what a magnitude by the algebra is multiplied with; filled at the capture.
+    """
+
+    captured: Captured
+    weights: Mapping[str, Weight]
+    ratios: Mapping[tuple[fx.Node, fx.Node], float]
+    leaves: Mapping[fx.Node, Leaf]
+    scores: frozenset[fx.Node]
+    step: Step
+    corrections: dict[tuple[fx.Node, int | None], float]
+
+    def measured(self, node: fx.Node) -> Any:
+        """What the example showed."""
+        kind = self.captured.peaks if node in self.scores else self.captured.magnitudes
+        return kind.get(node, 0.0)
+
+    def is_number(self, node: fx.Node) -> bool:
+        """Whether it stands for activations or weights, rather than ids, masks or shapes."""
+        value = node.meta.get("val")
+        return isinstance(value, Tensor) and value.is_floating_point()
+
+    def size(self, name: str) -> Number:
+        """ω of a parameter."""
+        return self.step.sizes.get(name, self.weights[name].size)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an operator, with the bounds of what it is given: what a rule sees.
+
+    Args:
+        node: the call.
+        flow: the model around it.
+        known: bound of every node that moves, or leaf of a parameter; what stays as it is, is absent.
+    """
+
+    node: fx.Node
+    flow: Flow
+    known: Mapping[fx.Node, Any]
+
+    @property
+    def name(self) -> str:
+        """The operator."""
+        return operator_name(self.node)
+
+    @property
+    def out(self) -> Any:
+        """The result's magnitude on the example; a tuple of several."""
+        return self.flow.measured(self.node)
+
+    def argument(self, place: int, name: str = "", default: Any = None) -> Any:
+        """An argument by position, or by name."""
+        args = self.node.args
+        return args[place] if place < len(args) else self.node.kwargs.get(name, default)
+
+    def moves(self, argument: Any) -> bool:
+        """Whether a step changes it."""
+        if isinstance(argument, list | tuple):
+            return any(map(self.moves, argument))
+        value = self.known.get(argument) if isinstance(argument, fx.Node) else None
+        if isinstance(value, Leaf):
+            return self.flow.weights[value.name].mass > 0
+        return value is not None
+
+    def bound(self, argument: Any) -> Bound:
+        """The bound of an activation; of what stays, its magnitude alone."""
+        value = self.known.get(argument) if isinstance(argument, fx.Node) else None
+        if isinstance(value, Leaf):
+            return self._weight(argument, value)
+        if isinstance(value, Bound):
+            return value
+        size = self.flow.measured(argument) if isinstance(argument, fx.Node) else _number(argument)
+        return source(max(size if isinstance(size, float) else 0.0, TINY))
+
+    def _weight(self, argument: fx.Node, leaf: Leaf) -> Bound:
+        """A parameter as an activation: of size ω, moved by r."""
+        weight = self.flow.weights[leaf.name]
+        size = self.flow.size(leaf.name) * self.flow.ratios.get((self.node, argument), 1.0)
+        return Bound(size, 1 + weight.mass * self.flow.step.t, None, weight.mass, weight.mass)
+
+    def weight(self, argument: Any) -> Bound | None:
+        """A parameter's own bound, of magnitude ω; None of what is no parameter."""
+        value = self.known.get(argument) if isinstance(argument, fx.Node) else None
+        return self._weight(argument, value) if isinstance(value, Leaf) else None
+
+    def settled(self, x: Bound, index: int | None = None) -> Bound:
+        """x, its magnitude as the algebra has it corrected by what was measured.
+
+        Args:
+            x: the bound of the result, by the rules of the algebra.
+            index: which result, of several.
+        """
+        return replace(x, magnitude=x.magnitude * self.correction(x.magnitude, index))
+
+    def correction(self, magnitude: Number, index: int | None = None, least: float = 0.0) -> float:
+        """How much smaller the result was on the example than the algebra has it: settled at the capture, and kept."""
+        place = (self.node, index)
+        if place not in self.flow.corrections:
+            out = self.out if index is None else self.out[index]
+            out = out[0] if isinstance(out, tuple) else out
+            usable = out > 0 and magnitude > 0
+            self.flow.corrections[place] = max(out / float(magnitude) if usable else 1.0, least)
+        return self.flow.corrections[place]
+
+    def product(self, x: Bound, factor: Any, index: int | None = None) -> Bound:
+        """x times a weight, or another activation: γ = γ_x·(1 + κ·r), or γ_x·γ_y."""
+        weight = self.weight(factor)
+        if weight is None:
+            return self.settled(algebra.product(x, self.bound(factor), 1.0), index)
+        could = x.magnitude * weight.magnitude
+        correction = self.correction(could, index, least=1 / MOST)
+        result = algebra.product(x, stretched(weight, 1 / correction), 1.0)
+        return replace(result, magnitude=could * correction)
+
+
+def _number(value: Any) -> float:
+    return abs(float(value)) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+
+
+def stretched(x: Bound, ratio: Number) -> Bound:
+    """γ = 1 + ratio·(γ − 1), and the depth likewise."""
+    return replace(
+        x, growth=1 + ratio * (x.growth - 1), depth=ratio * x.depth, ceiling=larger(1.0, ratio) * x.ceiling, error=None
+    )
+
+
+Rule = Callable[[Call], Any]
+"""From a call to the bound of its result; to a tuple of bounds where it gives several."""
+
+
+def propagate(flow: Flow, rule_of: Callable[[fx.Node], Rule], unmoved: frozenset[str]) -> Bound:
+    """The bound of the model's output.
+
+    Args:
+        flow: the model and the step.
+        rule_of: the rule of a call that a step changes; raises ``UnknownBound`` where there is none.
+        unmoved: operators whose results do not move, whatever they are given.
+    """
+    known: dict[fx.Node, Any] = dict(flow.leaves)
+    for node in flow.captured.graph.nodes:
+        if node.op != "call_function" or node in known:
+            continue
+        call = Call(node, flow, known)
+        if operator_name(node) in unmoved or not any(map(call.moves, node.all_input_nodes)):
+            continue
+        known[node] = rule_of(node)(call)
+        if writes_in_place(node):
+            known[node.args[0]] = known[node]
+    end = known.get(flow.captured.output)
+    if isinstance(end, tuple):
+        end = end[0]
+    if not isinstance(end, Bound):
+        raise UnknownBound("no parameter that requires a gradient reaches the output; there is nothing to train")
+    return replace(end, magnitude=larger(end.magnitude, LEAST[bool(flow.scores)])).assuming(ASSUMPTION, Grade.ASSUMED)

@@ -1,0 +1,107 @@
+"""Names of operators: which only pass an activation on, which do not depend on values, and which view a weight."""
+
+import operator
+from typing import Any
+
+from torch import fx
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+VIEWS = _names(
+    """
+    _to_copy _unsafe_view alias bfloat16 clone contiguous detach double expand expand_as flatten float half
+    lift_fresh_copy movedim numpy_T permute reshape squeeze swapaxes t to transpose type_as unflatten unsqueeze
+    view view_as
+    """
+)
+"""The same numbers, laid out otherwise."""
+
+PARTS = _names(
+    """
+    chunk getitem narrow select slice split split_with_sizes tensor_split unbind
+    """
+)
+"""Some of the numbers."""
+
+HOMOGENEOUS = _names(
+    """
+    _upsample_bicubic2d_aa _upsample_bilinear2d_aa abs adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d alpha_dropout amax amin
+    arctan asinh atan avg_pool1d avg_pool2d avg_pool3d bernoulli celu channel_shuffle clamp clamp_max clamp_min
+    col2im constant_pad_nd cumsum diagonal dropout elu erf feature_alpha_dropout feature_dropout fft_fft2
+    fft_irfft fft_rfft flip fold gather gelu grid_sampler grid_sampler_2d hardshrink hardswish hardtanh im2col
+    imag index index_select leaky_relu linalg_vector_norm masked_fill masked_select max max_pool1d max_pool2d
+    max_pool2d_with_indices max_pool3d mean median min mish nan_to_num native_dropout neg norm pad permute_copy
+    pixel_shuffle pixel_unshuffle real reflection_pad1d reflection_pad2d relu relu6 repeat repeat_interleave
+    replication_pad1d replication_pad2d roll rot90 rrelu selu silu sin sinh softshrink softsign sort std sum
+    take_along_dim tan tanh tanhshrink threshold tile topk trace tril triu unfold upsample_bicubic2d
+    upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    upsample_trilinear3d view_as_complex view_as_real
+    """
+)
+"""Without a constant term, of degree 1 or less: a relative change passes as it is."""
+
+SUMS = _names(
+    """
+    add cat concat hstack lerp max_other maximum min_other minimum rsub stack sub vstack where
+    """
+)
+PRODUCTS = _names(
+    """
+    bmm dot einsum kron matmul mm mul multiply mv outer
+    """
+)
+
+LIPSCHITZ = {
+    "cos": 1.0,
+    "hardsigmoid": 1 / 6,
+    "log_sigmoid": 1.0,
+    "sigmoid": 0.25,
+    "softplus": 1.0,
+    "_softmax": 1.0,
+    "softmax": 1.0,
+    "log_softmax": 2.0,
+    "_log_softmax": 2.0,
+    "logsumexp": 1.0,
+}
+"""Bonds that are not 0 at 0: the largest slope, in the maximum norm of what a softmax takes."""
+
+DEGREES = {"rsqrt": 0.5, "sqrt": 0.5, "reciprocal": 1.0, "square": 2.0, "var": 2.0}
+"""Powers: the factor by which a small relative change grows."""
+
+UNMOVED = _names(
+    """
+    _assert_async _assert_tensor_metadata argmax argmin argsort bitwise_and bitwise_not bitwise_or bucketize
+    ceil empty_like eq floor floor_divide full_like ge gt isfinite isinf isnan le logical_and logical_not
+    logical_or lt multinomial ne new_empty new_full new_ones new_zeros numel one_hot ones_like rand_like
+    randint_like randn_like remainder round sgn sign size sym_size trunc zeros_like
+    """
+)
+"""Results that a small change of activations leaves as they are: shapes, comparisons, roundings."""
+
+
+def operator_name(node: fx.Node) -> str:
+    """The operator's name without namespace of torch, overload, and the underscore of what writes in place."""
+    target: Any = node.target
+    if target is operator.getitem:
+        return "getitem"
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return getattr(target, "__name__", str(target))
+    namespace, name = schema.name.split("::")
+    if namespace != "aten":
+        return f"{namespace}::{name}"
+    kept = name if name.startswith("__") or not name.endswith("_") else name[:-1]
+    overload = getattr(target, "_overloadname", "")
+    # max and min of two tensors are sums, as far as changes go; of one they are reductions
+    return f"{kept}_other" if kept in ("max", "min") and overload == "other" else kept
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether the operator writes over its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    name = schema.name.split("::")[1] if schema is not None else ""
+    return name.endswith("_") and not name.startswith("__")

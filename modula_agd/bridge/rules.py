@@ -1,0 +1,259 @@
+"""Rules: the bound of each operator's result, by name. What is not here is an error, and ``declare`` adds to it."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from modula_agd import bound as algebra
+from modula_agd.bound import Bound, source
+from modula_agd.bridge.flow import TINY, Call, Rule, stretched
+from modula_agd.bridge.operators import (
+    DEGREES,
+    HOMOGENEOUS,
+    LIPSCHITZ,
+    PARTS,
+    PRODUCTS,
+    SUMS,
+    VIEWS,
+    operator_name,
+)
+from modula_agd.bridge.weights import CONVOLUTIONS, RECURRENT
+
+RECALL = 0.5
+"""Assumed share of a perturbed recurrent state that is left one step later: forget gates about a half."""
+LOW = 1e-3
+"""Least magnitude of a result that relative changes are reckoned by."""
+
+
+def _passed(call: Call) -> Any:
+    argument = call.argument(0)
+    value = call.known.get(argument)
+    if isinstance(value, tuple):
+        return call.settled(value[call.argument(1)]) if call.name == "getitem" else value
+    x = call.bound(argument)
+    return (
+        tuple(call.settled(x, index) for index in range(len(call.out)))
+        if isinstance(call.out, tuple)
+        else call.settled(x)
+    )
+
+
+def _parts(arguments: Any) -> Iterator[Any]:
+    for argument in arguments:
+        if isinstance(argument, list | tuple):
+            yield from _parts(argument)
+        elif isinstance(argument, fx.Node | int | float) and not isinstance(argument, bool):
+            yield argument
+
+
+def _tensors(call: Call) -> list[fx.Node]:
+    return [x for x in _parts(call.node.args) if isinstance(x, fx.Node) and call.flow.is_number(x)]
+
+
+def _summed(call: Call) -> Bound:
+    numbers = [x for x in call.node.args[:2] if isinstance(x, int | float) and call.name in ("add", "sub", "rsub")]
+    return call.settled(algebra.total([call.bound(argument) for argument in (*_tensors(call), *numbers)]))
+
+
+def _multiplied(call: Call) -> Bound:
+    factors = _tensors(call)
+    moving = [x for x in factors if call.moves(x)]
+    if len(factors) == 2 == len(moving):
+        for one, other in (factors, factors[::-1]):
+            if normalises(other, one):
+                # a map of degree 0: as large as on the example, whatever comes in
+                return replace(call.bound(one), magnitude=max(call.out, TINY))
+    weights = [x for x in factors if call.weight(x) is not None]
+    others = [call.bound(x) for x in factors if x not in weights]
+    number = [abs(x) for x in call.node.args if isinstance(x, int | float) and x]
+    result = source(number[0] if number else 1.0)
+    for other in others:
+        result = algebra.product(result, other, 1.0)
+    if not weights:
+        return call.settled(result)
+    for weight in weights[1:]:
+        result = algebra.product(result, call.bound(weight), 1.0)
+    return call.product(result, weights[0])
+
+
+def _shifted(call: Call, x: Bound, bias: Any) -> Bound:
+    """A bias beside what is as large as the result is."""
+    return replace(algebra.total([x, call.bound(bias)]), magnitude=x.magnitude) if call.moves(bias) else x
+
+
+def _linear(call: Call) -> Bound:
+    return _shifted(call, call.product(call.bound(call.argument(0)), call.argument(1)), call.argument(2, "bias"))
+
+
+def _addmm(call: Call) -> Bound:
+    one, other = call.argument(1), call.argument(2)
+    x, weight = (other, one) if call.weight(one) is not None and call.weight(other) is None else (one, other)
+    return _shifted(call, call.product(call.bound(x), weight), call.argument(0))
+
+
+def _matrices(call: Call) -> Bound:
+    one, other = call.argument(0), call.argument(1)
+    x, weight = (other, one) if call.weight(one) is not None and call.weight(other) is None else (one, other)
+    return call.product(call.bound(x), weight)
+
+
+def _embedding(call: Call) -> Bound:
+    return call.product(source(1.0), call.argument(0))
+
+
+def _normalised(scale: int, shift: int) -> Callable[[Call], Any]:
+    def rule(call: Call) -> Any:
+        weight, bias = call.argument(scale, "weight"), call.argument(shift, "bias") if shift >= 0 else None
+        index = 0 if isinstance(call.out, tuple) else None
+        unit = replace(call.bound(call.argument(0)), magnitude=1.0)
+        result = call.product(unit, weight, index) if call.moves(weight) else call.settled(unit, index)
+        result = _shifted(call, result, bias)
+        return result if index is None else (result, *(stretched(result, 0.0) for _ in call.out[1:]))
+
+    return rule
+
+
+def _attention(call: Call) -> Any:
+    queries, keys, values = (call.bound(call.argument(place)) for place in range(3))
+    width = int(call.argument(0).meta["val"].shape[-1])
+    scale: Any = call.node.kwargs.get("scale", None) or 1 / math.sqrt(width)
+    # a product of independent features of mean square 1 has standard deviation sqrt(d)
+    result = algebra.attention(queries, keys, values, float(scale) * math.sqrt(width))
+    mask = call.argument(3, "attn_mask")
+    if call.moves(mask):
+        shift = call.bound(mask)
+        result = replace(algebra.product(result, stretched(shift, shift.magnitude), 1.0), magnitude=result.magnitude)
+    return call.settled(result)
+
+
+def _lipschitz(slope: float) -> Rule:
+    def rule(call: Call) -> Bound:
+        x = call.bound(call.argument(0))
+        # a softmax is relative to probabilities, whose sum is 1; others to what they give
+        unit = 1.0 if "softmax" in call.name and "log" not in call.name else max(call.out, LOW)
+        return replace(stretched(x, slope * x.magnitude / unit), magnitude=max(call.out, TINY))
+
+    return rule
+
+
+def _powered(degree: float) -> Rule:
+    def rule(call: Call) -> Bound:
+        x = call.bound(call.argument(0))
+        return call.settled(stretched(x, degree))
+
+    return rule
+
+
+def _pow(call: Call) -> Bound:
+    base, exponent = call.argument(0), call.argument(1)
+    if isinstance(base, int | float):
+        return _exp(call, exponent)
+    return _powered(abs(exponent) if isinstance(exponent, int | float) else 1.0)(call)
+
+
+def _exp(call: Call, exponent: Any = None) -> Bound:
+    x = call.bound(call.argument(0) if exponent is None else exponent)
+    return replace(stretched(x, x.magnitude), magnitude=max(call.out, TINY))
+
+
+def _log(call: Call) -> Bound:
+    x = call.bound(call.argument(0))
+    return replace(stretched(x, 1 / max(call.out, LOW)), magnitude=max(call.out, TINY))
+
+
+def _recurrent(call: Call) -> Any:
+    """h_t = cell(W_x·x_t + W_h·h_{t−1} + b), weights tied over time.
+
+    What moves the pre-activations by a share moves a state by that share, the next one by RECALL of it, and so on: 1/(1 − RECALL).
+    """
+    x = call.bound(call.argument(0))
+    fused, biased, layers = call.argument(2), bool(call.argument(3)), int(call.argument(4))
+    both = 2 if call.argument(7) else 1
+    state = max(call.out[0], LOW)
+    width = len(fused) // (layers * both)
+    for layer in range(layers):
+        start = layer * both * width
+        cells = [fused[start + way * width : start + (way + 1) * width] for way in range(both)]
+        x = algebra.total([_cell(call, x, own, state, biased) for own in cells])
+        x = replace(x, magnitude=state)
+    return tuple(replace(x, magnitude=max(part, TINY)) for part in call.out)
+
+
+def _cell(call: Call, x: Bound, weights: Any, state: float, biased: bool) -> Bound:
+    into, across, *biases = (call.bound(weight) for weight in weights)
+    pushed = algebra.product(x, into, 1.0)
+    turned = algebra.product(source(state), across, 1.0)
+    total = algebra.total([pushed, turned, *(biases if biased else [])])
+    return replace(stretched(total, 1 / (1 - RECALL)), magnitude=state)
+
+
+def _plain(node: Any) -> Any:
+    """Before casts and copies."""
+    while isinstance(node, fx.Node) and node.op == "call_function" and operator_name(node) in VIEWS and node.args:
+        node = node.args[0]
+    return node
+
+
+SIZES = frozenset(("mean", "sum", "var", "std", "norm", "linalg_vector_norm", "amax", "max"))
+MEASURES = (
+    SIZES
+    | VIEWS
+    | {"rsqrt", "sqrt", "reciprocal", "add", "clamp", "clamp_min", "clamp_max", "maximum", "pow", "square", "abs"}
+)
+"""What may stand between an activation and a number that tells how large it is."""
+
+
+def normalises(divisor: fx.Node, x: fx.Node) -> bool:
+    """Whether ``divisor`` is made of nothing but the size of ``x``: a root mean square, a deviation, a norm, or its inverse."""
+    bases = {_plain(x)}
+    front: Any = bases.copy()
+    for base in front:
+        if isinstance(base, fx.Node) and base.op == "call_function" and operator_name(base) in ("sub", "add"):
+            bases |= {_plain(base.args[0])}
+    node: Any = divisor
+    shrunk = False
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        name = operator_name(node)
+        if shrunk and _plain(node) in bases:
+            return True
+        if name == "mul" and len(set(node.args)) == 1:
+            node = node.args[0]
+            continue
+        if name not in MEASURES:
+            return False
+        shrunk = shrunk or name in SIZES
+        node = node.args[0]
+    return shrunk and node in bases
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(VIEWS | PARTS | HOMOGENEOUS, _passed),
+    **dict.fromkeys(
+        SUMS | {"scatter", "scatter_add", "index_add", "index_put", "copy", "slice_scatter", "select_scatter"}, _summed
+    ),
+    **dict.fromkeys(
+        (PRODUCTS - {"matmul", "mm", "bmm", "mv"}) | {"div", "divide", "true_divide", "prelu", "_prelu_kernel"},
+        _multiplied,
+    ),
+    **dict.fromkeys((*CONVOLUTIONS, "convolution", "linear"), _linear),
+    **dict.fromkeys(("addmm", "baddbmm"), _addmm),
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv"), _matrices),
+    **dict.fromkeys(("embedding", "embedding_bag"), _embedding),
+    **{name: _lipschitz(slope) for name, slope in LIPSCHITZ.items()},
+    **{name: _powered(degree) for name, degree in DEGREES.items()},
+    **dict.fromkeys(RECURRENT, _recurrent),
+    "scaled_dot_product_attention": _attention,
+    "layer_norm": _normalised(2, 3),
+    "native_layer_norm": _normalised(2, 3),
+    "rms_norm": _normalised(2, -1),
+    "_fused_rms_norm": _normalised(2, -1),
+    "group_norm": _normalised(2, 3),
+    "batch_norm": _normalised(1, 2),
+    "instance_norm": _normalised(1, 2),
+    "pow": _pow,
+    "exp": _exp,
+    "log": _log,
+}
