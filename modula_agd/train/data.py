@@ -14,7 +14,7 @@ from modula_agd.error import InvalidArgument
 from modula_agd.train.extras import require
 from modula_agd.train.facts import ImageFacts, measured
 from modula_agd.train.fingerprint import digest
-from modula_agd.train.pixels import DataError, Pixels, from_hub, from_parquet
+from modula_agd.train.pixels import DataError, Pixels, at_row, from_hub, from_parquet
 
 HUB = "hub:"
 _DIGITS_SPLIT_SEED = 0
@@ -159,7 +159,7 @@ def _from_pixels(name: str, splits: dict[str, Pixels], classes: int | None) -> C
         if int(split.labels.max()) >= classes:
             row = int((split.labels >= classes).nonzero()[0])
             raise DataError(
-                f"{split.source}, row {row}, has the label {int(split.labels[row])}, but {name} has {classes} classes, "
+                f"{at_row(split.source, row)} has the label {int(split.labels[row])}, but {name} has {classes} classes, "
                 f"labelled 0 to {classes - 1}. Correct the labels, or check that this is the right file."
             )
     facts = measured(name, classes, train.images)

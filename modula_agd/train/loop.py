@@ -12,6 +12,7 @@ from modula_agd.train.continuing import Clock, clock, taken_up
 from modula_agd.train.extras import require
 from modula_agd.train.journal import read
 from modula_agd.train.meter import Meter
+from modula_agd.train.pixels import DataError
 from modula_agd.train.ranks import ONE, Ranks
 from modula_agd.train.recipe import Recipe
 from modula_agd.train.record import Record
@@ -118,6 +119,7 @@ def train(
         CheckpointError: the checkpoint is not of this network and method, or not that of the log.
         NonFiniteGradient: a gradient held NaN or infinity; weights, log and checkpoint are as of the last evaluation, or of a
             checkpoint since.
+        DataError: data that are read while training cannot be; the checkpoint is of the step before.
         OSError: the first checkpoint could not be written; one that fails later is a ``NotSaved`` warning.
     """
     require("the progress bar", "tqdm")
@@ -140,6 +142,10 @@ def train(
                 pass
         except KeyboardInterrupt:
             stop.signal = signal.SIGINT
+        except DataError:
+            # once the file is repaired, the run goes on from here
+            record.keep(point)
+            raise
         saved = record.keep(point)
     return Outcome(
         point.params, point.buffers, point.average, point.state, point.step, tuple(record.history), stop.signal, saved

@@ -5,8 +5,10 @@ labels. Decoding is a ``datasets`` map, so that library's cache keeps the pixels
 """
 
 import io
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,13 +67,30 @@ def from_parquet(files: Mapping[str, Path]) -> dict[str, Pixels]:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    names = {split: str(path) for split, path in files.items()}
+    splits: dict[str, Any] = {}
+    for split, path in files.items():
+        try:
+            # one file at a time, so that an error names it, and columns of one need not be those of the other
+            with _hushed():
+                splits[split] = datasets.load_dataset("parquet", data_files={split: str(path)}, split=split)
+        except (OSError, ValueError, DatasetsError) as error:
+            raise DataError(
+                f"{path} could not be read as Parquet: {reason(error)}. It is damaged or no Parquet file; download or write it again."
+            ) from error
+    return {split: _decoded(rows, str(files[split])) for split, rows in splits.items()}
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep the ``datasets`` library from logging what it raises as well: one error is one line."""
+    import datasets
+
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        splits = datasets.load_dataset("parquet", data_files=names)
-    except (OSError, ValueError, DatasetsError) as error:
-        listing = " and ".join(names.values())
-        raise DataError(f"{listing} could not be read as Parquet: {reason(error)}. Download them again.") from error
-    return {split: _decoded(splits[split], source) for split, source in names.items()}
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
 
 
 def from_hub(name: str) -> dict[str, Pixels]:
@@ -111,7 +130,13 @@ def reason(error: BaseException) -> str:
     """The innermost cause, on one line: ``datasets`` wraps what it met in layers of its own."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split()).rstrip(".!") or type(error).__name__
+    said = re.sub(r"<_io\.BytesIO object at \w+>", "of a known format", str(error))
+    return " ".join(said.split()).rstrip(".!") or type(error).__name__
+
+
+def at_row(source: str, row: int) -> str:
+    """How a message names a row."""
+    return f"{source}, row {row} (counted from 0),"
 
 
 def _decoded(rows: "datasets.Dataset", source: str) -> Pixels:
@@ -159,12 +184,21 @@ def _columns(rows: "datasets.Dataset", source: str) -> tuple[str, str]:
         names = [name for name, feature in rows.features.items() if matches(feature)]
         usually = [name for name in usual if name in names]
         if not usually and len(names) != 1:
+            columns = ", ".join(f"{name} ({_kind(feature)})" for name, feature in rows.features.items())
             raise DataError(
-                f"{source} has {'no' if not names else 'more than one'} {what} column among {list(rows.features)}. "
-                f"Name it {usual[0]!r}."
+                f"{source} has {'no' if not names else 'more than one'} {what} column among {columns}. Labelled images have one column of "
+                f"pictures, {{bytes, path}}, and one of integers; name it {usual[0]!r}, or convert it."
             )
         found.append(usually[0] if usually else names[0])
     return found[0], found[1]
+
+
+def _kind(feature: Any) -> str:
+    return (
+        "{" + ", ".join(feature) + "}"
+        if isinstance(feature, dict)
+        else getattr(feature, "dtype", type(feature).__name__)
+    )
 
 
 def _open(cell: dict[str, Any] | None, row: int, source: str) -> Any:
@@ -173,15 +207,15 @@ def _open(cell: dict[str, Any] | None, row: int, source: str) -> Any:
 
     remedy = "Repair or drop that row, or download the file again."
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
-        raise DataError(f"{source}, row {row}, holds no image. {remedy}")
+        raise DataError(f"{at_row(source, row)} holds no image. {remedy}")
     try:
         picture = PIL.Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
         picture.load()
     except UNREADABLE as error:
         raise DataError(
-            f"{source}, row {row}, holds an image that cannot be read: {reason(error)}. {remedy}"
+            f"{at_row(source, row)} holds an image that cannot be read: {reason(error)}. {remedy}"
         ) from error
-    check_depth(picture.mode, f"{source}, row {row},")
+    check_depth(picture.mode, at_row(source, row))
     return picture
 
 
@@ -207,7 +241,7 @@ def _decode(batch: dict[str, list[Any]], indices: list[int], mode: str, source: 
         picture = _open(cell, row, source)
         if mode == "L" and picture.mode not in ("1", "L", "LA"):
             raise DataError(
-                f"{source}, row {row}, holds a picture of mode {picture.mode}, but row 0 is grey. Store all images alike."
+                f"{at_row(source, row)} holds a picture of mode {picture.mode}, but row 0 is grey. Store all images alike."
             )
         picture = picture if picture.mode == mode else picture.convert(mode)
         columns["pixels"].append(picture.tobytes())
@@ -223,14 +257,14 @@ def _assembled(rows: "datasets.Dataset", channels: int, classes: int | None, sou
     column = {name: table[name].combine_chunks() for name in table.column_names}
     if column["label"].null_count:
         row = column["label"].is_null().index(True).as_py()
-        raise DataError(f"{source}, row {row}, has no label. Drop unlabelled rows.")
+        raise DataError(f"{at_row(source, row)} has no label, where a class was expected. Drop unlabelled rows.")
     heights, widths = (column[side].to_numpy(zero_copy_only=False) for side in ("height", "width"))
     height, width = int(heights[0]), int(widths[0])
     odd = numpy.flatnonzero((heights != height) | (widths != width))
     if len(odd):
         row = int(odd[0])
         raise DataError(
-            f"{source}, row {row}, is {heights[row]}×{widths[row]}, but row 0 is {height}×{width}. "
+            f"{at_row(source, row)} is {heights[row]}×{widths[row]}, but row 0 is {height}×{width}. "
             "Resize all images to one shape first."
         )
     flat = torch.frombuffer(bytearray().join(column["pixels"].to_pylist()), dtype=torch.uint8)
@@ -245,4 +279,6 @@ def _check_labels(labels: Int[Tensor, " batch"], classes: int | None, source: st
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         allowed = "≥ 0" if classes is None else f"from 0 to {classes - 1}"
-        raise DataError(f"{source}, row {row}, has the label {int(labels[row])}, but labels must be {allowed}.")
+        raise DataError(
+            f"{at_row(source, row)} has the label {int(labels[row])}, but labels must be {allowed}. Correct it, or drop the row."
+        )

@@ -43,7 +43,8 @@ class Characters:
         longest = min(len(self.train), len(self.validation)) - 1
         if not 1 <= context <= longest:
             raise InvalidArgument(
-                f"windows of {context} characters were asked for, but the text allows 1 to {longest}. Shorten the context."
+                f"windows of {context} characters were asked for, but the text allows 1 to {longest}: the shorter of the two parts of "
+                f"{self.name} has {longest + 1}, one more than a window. Shorten the context, or take a longer text."
             )
 
     def sample(
@@ -110,10 +111,14 @@ def characters(name: str = SHAKESPEARE, folder: Path | None = None) -> Character
         # "-sig" drops the mark with which some editors begin a file, which is no character of the text
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}. Convert it first.") from error
+        raise DataError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start} (counted from 0). Convert it first."
+        ) from error
     cut = len(text) * 9 // 10
     if cut < 2 or len(text) - cut < 2:
-        raise DataError(f"{path} holds {len(text)} characters, but at least 20 are needed to hold out a tenth.")
+        raise DataError(
+            f"{path} holds {len(text)} characters, but at least 20 are needed to hold out a tenth. Take a longer text."
+        )
     points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
     distinct, ids = points.unique(return_inverse=True)
     vocabulary = Vocabulary("".join(map(chr, distinct.tolist())))

@@ -101,7 +101,7 @@ def test_a_label_beyond_the_classes_is_named_with_file_and_row(tiny, write):
     path = write("test", [cell(image) for image in grey(3)], [0, 10, 2])
     with pytest.raises(DataError) as raised:
         classification("mnist", tiny)
-    assert f"{path}, row 1, has the label 10, but mnist has 10 classes" in str(raised.value)
+    assert f"{path}, row 1 (counted from 0), has the label 10, but mnist has 10 classes" in str(raised.value)
 
 
 def test_splits_of_different_shapes_are_refused(tiny, write):
