@@ -38,6 +38,7 @@ from modula_agd import (
     SquareLoss,
     Tanh,
 )
+from modula_agd.distributed import ManyRanks
 from modula_agd.torch_module import TorchModule
 from modula_agd.transformer import GPT
 
@@ -366,6 +367,24 @@ def two_dimensional_placements() -> None:
     _placed(text(), mesh, lambda w: [Replicate(), Shard(0)], direction="frobenius")
 
 
+def shards_of_tensor_parallel_shards() -> None:
+    """``fully_shard`` over weights that are sharded by rows: each rank's box is where its numbers lie in the whole."""
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("data", "tensor"))
+    net = MLP(Logits(8), 8, 6, 3)
+    reference, model = model_of(net), model_of(net)
+    for name, weight in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        rows = distribute_tensor(weight.detach(), mesh["tensor"], [Shard(0)])
+        model.get_submodule(owner).register_parameter(leaf, nn.Parameter(rows))
+    fully_shard(model, mesh=mesh["data"])
+    exchange = AGD(model, LOSS)._exchange
+    assert isinstance(exchange, ManyRanks)
+    for name, weight in model.named_parameters():
+        assert any(type(placement).__name__ == "_StridedShard" for placement in weight.placements), name
+        held = exchange.layouts[name].boxes[exchange.rank]
+        assert torch.equal(weight.to_local(), reference.get_parameter(name)[held.slices]), name
+
+
 def a_partial_parameter_is_refused() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = model_of(Linear(3, 6))
@@ -455,7 +474,6 @@ CHECKS: dict[str, tuple[Callable[..., None], ...]] = {
         every_rank_tells_why,
         a_nonfinite_gradient_is_met_on_every_rank,
         a_partial_parameter_is_refused,
-        tensor_parallel_placements,
     ),
     "four": (
         ddp_equals_one_process,
@@ -464,6 +482,7 @@ CHECKS: dict[str, tuple[Callable[..., None], ...]] = {
         hybrid_sharding,
         tensor_parallel_placements,
         two_dimensional_placements,
+        shards_of_tensor_parallel_shards,
         what_is_kept_stays_sharded,
     ),
 }
