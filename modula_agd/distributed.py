@@ -131,13 +131,13 @@ class ManyRanks(Exchange):
 
     def _blockwise(self, norms: Mapping[str, Norm], sources: Mapping[str, Tensor]) -> dict[str, Direction]:
         """Each block divided by its Euclidean norm; of a block that lies on several ranks, its peak and squares are reduced."""
-        wide = {name: source.to(working_dtype(source.dtype)) for name, source in sources.items()}
-        dims = {name: _dims(norms[name], self.layouts[name].shape) for name in wide}
-        kept = {name: tuple(d for d in range(x.ndim) if d not in dims[name]) for name, x in wide.items()}
-        cut = [name for name in wide if not self.layouts[name].whole(dims[name])]
-        peak = {name: peaks(x, dims[name]) for name, x in wide.items()}
+        full = {name: source.to(working_dtype(source.dtype)) for name, source in sources.items()}
+        dims = {name: _dims(norms[name], self.layouts[name].shape) for name in full}
+        kept = {name: tuple(d for d in range(x.ndim) if d not in dims[name]) for name, x in full.items()}
+        cut = [name for name in full if not self.layouts[name].whole(dims[name])]
+        peak = {name: peaks(x, dims[name]) for name, x in full.items()}
         peak |= self._reduced({name: (peak[name], kept[name]) for name in cut}, dist.ReduceOp.MAX)
-        scaled = {name: divided(x, peak[name])[0] for name, x in wide.items()}
+        scaled = {name: divided(x, peak[name])[0] for name, x in full.items()}
         squares = {name: x.square().sum(dims[name], keepdim=True) for name, x in scaled.items()}
         squares |= self._reduced({name: (squares[name], kept[name]) for name in cut}, dist.ReduceOp.SUM)
         found = {}
