@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from modula_agd import AGD, MLP, CrossEntropy, Logits
+from modula_agd import AGD, MLP, CrossEntropy, Logits, agd, from_torch
 from support import gaussian, same
 
 NET = MLP(Logits(3), 16, 8, 3)
@@ -213,6 +213,34 @@ def test_trainer_accumulates_gradients_and_autocasts(transformers, tmp_path: Pat
     assert float(LOSS(model.net(X), Y).detach()) < 0.7 * before
 
 
+def test_trainer_trains_a_model_that_knows_nothing_of_bounds(transformers, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=11, n_positions=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0, use_cache=False
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    ids = (torch.arange(64 * 8).reshape(64, 8) * 3) % 11
+    network = from_torch(model, {"input_ids": ids[:8]}, output="logits")
+    optimizer = AGD(model, agd(network, LOSS))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=20,
+        per_device_train_batch_size=16,
+        max_grad_norm=0.0,
+        logging_steps=5,
+        save_strategy="no",
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    run = transformers.Trainer(model=model, args=arguments, train_dataset=rows, optimizers=(optimizer, None))
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.85 * losses[0]
+
+
 # -- Accelerate ------------------------------------------------------------------------------------------------------------
 
 
@@ -225,12 +253,12 @@ def test_accelerate_trains_saves_and_loads(accumulation: int, tmp_path: Path) ->
     def prepared(seed: int) -> tuple[Any, ...]:
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
         model = NET.to_torch(seed)
-        agd = AGD(model, LOSS)
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(agd, 0.9)
+        mine = AGD(model, LOSS)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(mine, 0.9)
         loader = DataLoader(TensorDataset(X, Y), 64 // accumulation)
-        return accelerator, agd, *accelerator.prepare(model, agd, loader, scheduler)
+        return accelerator, mine, *accelerator.prepare(model, mine, loader, scheduler)
 
-    def train(accelerator, agd, model, optimizer, loader, scheduler, epochs: int) -> None:
+    def train(accelerator, mine, model, optimizer, loader, scheduler, epochs: int) -> None:
         for _ in range(epochs):
             for x, y in loader:
                 with accelerator.accumulate(model):
@@ -239,7 +267,7 @@ def test_accelerate_trains_saves_and_loads(accumulation: int, tmp_path: Path) ->
                     optimizer.step()
                     scheduler.step()
                     optimizer.zero_grad()
-                    accelerator.log(agd.scalars())
+                    accelerator.log(mine.scalars())
 
     first = prepared(0)
     assert first[3].optimizer is first[1]
@@ -292,6 +320,8 @@ def lightning_module(lightning: Any, automatic: bool) -> Any:
                 self.manual_backward(LOSS(self.net(x[rows]), y[rows]))
                 optimizer.accumulate()
             optimizer.step()
+            # Lightning's wrapper, which copies attributes, tells the same
+            assert optimizer.scalars() == self.agd.scalars()
             self.lr_schedulers().step()
             return LOSS(self.net(x), y)
 

@@ -64,3 +64,57 @@ def test_a_step_agrees_with_the_cpus(cuda) -> None:
         updates[device.type] = {name: w.cpu() for name, w in step.items()}
     for name, update in updates["cpu"].items():
         torch.testing.assert_close(updates["cuda"][name], update, rtol=1e-9, atol=1e-12)
+
+
+def test_a_captured_step_is_replayed_with_what_has_changed_since(cuda) -> None:
+    network, inputs, labels = _problem(cuda)
+    models = [network.to_torch(0, device=cuda) for _ in range(2)]
+    captured, plain = AGD(models[0], CrossEntropy(), capturable=True), AGD(models[1], CrossEntropy())
+    captured.param_groups[0]["lr"] = torch.ones((), device=cuda)
+
+    def gradients() -> None:
+        models[1].zero_grad()
+        CrossEntropy()(models[1](inputs), labels).backward()
+        for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            mine.grad = theirs.grad.clone() if mine.grad is None else mine.grad.copy_(theirs.grad)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            gradients()
+            captured.step()
+            plain.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    gradients()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for step in range(4):
+        if step:
+            gradients()
+        captured.param_groups[0]["lr"].fill_(0.5**step)
+        plain.param_groups[0]["lr"] = 0.5**step
+        graph.replay()
+        plain.step()
+    assert int(captured.state_dict()["param_groups"][0]["agd"]["clock"]) == 7
+    for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_state_follows_the_model_to_the_device_and_a_checkpoint_to_the_cpu(cuda) -> None:
+    network, inputs, labels = _problem(cuda)
+    model = network.to_torch(0)
+    optimizer = AGD(model, CrossEntropy())
+    CrossEntropy()(model(inputs.cpu()), labels.cpu()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.to(cuda)
+    CrossEntropy()(model(inputs), labels).backward()
+    optimizer.step()
+    assert all(entry["momentum_buffer"].is_cuda for entry in optimizer.state.values())
+    other = network.to_torch(1)
+    resumed = AGD(other, CrossEntropy())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert not any(entry["momentum_buffer"].is_cuda for entry in resumed.state.values())
+    CrossEntropy()(other(inputs.cpu()), labels.cpu()).backward()
+    resumed.step()
