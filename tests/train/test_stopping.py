@@ -159,9 +159,11 @@ def process(arguments: list[str]) -> subprocess.Popen:
     )
 
 
-def begun(run: Path, child: subprocess.Popen) -> None:
-    """Wait until a process has written its first checkpoint, or has ended."""
-    while not (run / "checkpoint.safetensors").exists() and child.poll() is None:
+def written(run: Path, child: subprocess.Popen) -> None:
+    """Wait until a process has written a checkpoint, or has ended."""
+    path = run / "checkpoint.safetensors"
+    before = path.stat().st_ino if path.exists() else None
+    while child.poll() is None and (path.stat().st_ino if path.exists() else None) == before:
         time.sleep(0.01)
 
 
@@ -174,7 +176,7 @@ PROCESS = [*DIGITS, "--steps", "3000", "--eval-every", "500", "--checkpoint-ever
 def test_a_process_that_is_told_to_stop_saves_and_ends_with_its_status(tmp_path, capsys, number, status):
     out = tmp_path / "run"
     child = process([*PROCESS, "--out", str(out)])
-    begun(out, child)
+    written(out, child)
     child.send_signal(number)
     said, _ = child.communicate(timeout=60)
     assert child.returncode == status, said
@@ -189,11 +191,16 @@ def test_a_process_that_is_told_to_stop_saves_and_ends_with_its_status(tmp_path,
 @pytest.mark.timeout(900)
 def test_a_process_killed_at_random_times_until_it_is_done_ends_as_one_that_was_not(tmp_path, capsys):
     out, draw, kills = tmp_path / "run", random.Random(0), 0
-    child = process([*PROCESS, "--out", str(out)])
+    run = [*DIGITS, "--steps", "1500", "--eval-every", "300", "--checkpoint-every", "20"]
+    child = process([*run, "--out", str(out)])
+    written(out, child)
     while True:
-        begun(out, child)
-        # the first ones while it imports and loads, later ones anywhere
-        time.sleep(draw.uniform(0, 8))
+        # now while it imports and loads, now while it trains
+        if kills % 3 == 2:
+            time.sleep(draw.uniform(0, 3))
+        else:
+            written(out, child)
+            time.sleep(draw.uniform(0, 0.4))
         child.kill()
         said, _ = child.communicate(timeout=60)
         if child.returncode != -signal.SIGKILL:
@@ -203,5 +210,5 @@ def test_a_process_killed_at_random_times_until_it_is_done_ends_as_one_that_was_
         assert kills < 100
         child = process(["train", "--resume", str(out), "--quiet"])
     assert kills >= 3
-    assert main([*PROCESS, "--out", str(tmp_path / "whole")]) == 0
+    assert main([*run, "--out", str(tmp_path / "whole")]) == 0
     assert list(differences(tmp_path / "whole", out)) == []
