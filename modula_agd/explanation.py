@@ -16,6 +16,7 @@ from torch import Tensor
 
 from modula_agd.bound import aligned
 from modula_agd.error import InvalidArgument
+from modula_agd.exchange import ALONE, Exchange
 from modula_agd.forecast import MEMORY
 from modula_agd.method import Method
 from modula_agd.state import State
@@ -131,13 +132,16 @@ class Explanation:
         return "\n".join([*table, table[1], aligned(facts)])
 
 
-def explain(method: Method, state: State, multipliers: Mapping[str, float] | None = None) -> Explanation:
+def explain(
+    method: Method, state: State, multipliers: Mapping[str, float] | None = None, exchange: Exchange = ALONE
+) -> Explanation:
     """Account for the update behind a state. Waits for the device.
 
     Args:
         method: that made it.
         state: as the update returned it.
         multipliers: what the steps were multiplied with afterwards, by parameter; 1 where absent.
+        exchange: the other processes, which must all ask.
 
     Raises:
         InvalidArgument: the state is another method's.
@@ -154,9 +158,10 @@ def explain(method: Method, state: State, multipliers: Mapping[str, float] | Non
     total = sum(abs(mass * size * pair) for mass, size, pair in zip(method.masses.values(), sizes, pairs, strict=True))
     made, finite = int(state.steps) > 0, math.isfinite(float(state.descent))
     shares = []
+    found = exchange.numbers(lambda norm, momentum: norm.dual(momentum), method.norms, state.momentum)
+    duals = {name: float(dual) for name, dual in found.items()}
     for (name, mass), size, pair in zip(method.masses.items(), sizes, pairs, strict=True):
-        held = state.momentum.get(name)
-        dual = float(method.norms[name].dual(held)) if held is not None else pair
+        dual = duals.get(name, float(pair))
         gives = mass * size * pair / total if total else 0.0
         costs = sensitivities[name] / depth
         signal = pair / dual if dual else 0.0

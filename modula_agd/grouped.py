@@ -10,6 +10,7 @@ from modula_agd import memory
 from modula_agd.error import InvalidArgument
 from modula_agd.holder import named, parameters, refuse
 from modula_agd.method import Method
+from modula_agd.placement import spread
 from modula_agd.space import finite
 from modula_agd.state import WEIGHT_SIZED, State
 
@@ -123,10 +124,12 @@ class Grouped(torch.optim.Optimizer):
 
     @current.setter
     def current(self, state: State) -> None:
-        entries, numbers = self._entries(), self.param_groups[0]["agd"]
+        entries, numbers, params = self._entries(), self.param_groups[0]["agd"], self._trained()
         for what in WEIGHT_SIZED:
             for name, value in getattr(state, what).items():
-                memory.keep(entries[name], memory.KEYS[what], value, in_place=self.capturable)
+                entry, key = entries[name], memory.KEYS[what]
+                value = value if key in entry else spread(value, params[name])
+                memory.keep(entry, key, value, in_place=self.capturable)
         for name in memory.NUMBERS:
             memory.keep(numbers, name, getattr(state, name), in_place=self.capturable)
         for name, entry in entries.items():

@@ -49,9 +49,9 @@ def measured(descent: Scalar, state: State, smoothing: float | None) -> tuple[Sc
     return torch.where(descent == 0, 0.0, smoothed / weight.clamp(min=1e-12)), smoothed, scale, weight
 
 
-def begun(past: Tensor, gradient: Tensor) -> Tensor:
-    """The momentum, or the gradient where every gradient before was left out, so that the momentum is still 0."""
-    return torch.where(past.any(), past, gradient.to(past.dtype))
+def begun(past: Tensor, gradient: Tensor, started: Bool[Tensor, ""]) -> Tensor:
+    """The momentum, or the gradient where every gradient before was left out, so that the momentum has not started."""
+    return torch.where(started, past, gradient.to(past.dtype))
 
 
 def renewed(
@@ -61,7 +61,7 @@ def renewed(
     finite: Bool[Tensor, ""] | None,
     *,
     in_place: bool = False,
-    skips: bool = False,
+    started: Mapping[str, Bool[Tensor, ""]] | None = None,
 ) -> dict[str, Tensor]:
     """m_t of each parameter; its first gradient is its momentum.
 
@@ -71,7 +71,7 @@ def renewed(
         share: 1 − β, what the fresh gradient counts for.
         finite: where False, the past is kept; None where that has been looked at.
         in_place: write over ``past``, for an optimizer that owns it.
-        skips: whether gradients may have been left out before, so that a momentum of 0 has not begun.
+        started: where gradients may have been left out before, whether a momentum is other than 0: otherwise it has not begun.
     """
     fresh = {name: gradient.to(working_dtype(gradient.dtype)) for name, gradient in grads.items()}
     if finite is not None:
@@ -84,9 +84,10 @@ def renewed(
         new = [fresh[name] for name in known]
         # parameters may have been moved to another dtype since
         old = [past[name].to(value.dtype) for name, value in zip(known, new, strict=True)]
-        if skips:
-            started = [begun(before, value) for before, value in zip(old, new, strict=True)]
-            old = [before.copy_(s) for before, s in zip(old, started, strict=True)] if in_place else started
+        if started is not None:
+            flags = [started[name] for name in known]
+            ours = [begun(*three) for three in zip(old, new, flags, strict=True)]
+            old = [before.copy_(x) for before, x in zip(old, ours, strict=True)] if in_place else ours
         # one kernel for all parameters, as in torch's own optimizers
         if in_place:
             torch._foreach_lerp_(old, new, share)  # pyright: ignore[reportPrivateImportUsage]

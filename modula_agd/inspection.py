@@ -22,7 +22,7 @@ def check_parameters(atoms: Mapping[str, Weighted], params: Mapping[str, Tensor]
             f"the method was built for a network with parameters {sorted(atoms)}, but was given {sorted(params)}. "
             "Pass what network.init() returns."
         )
-    _check_shapes(atoms, params)
+    _check_shapes({name: atom.shape for name, atom in atoms.items()}, params)
 
 
 def check_update(
@@ -31,8 +31,9 @@ def check_update(
     state: State,
     params: Mapping[str, Tensor],
     evidence: Evidence | None,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Raise ``InvalidArgument`` where something that an update takes is not what it should be."""
+    """Raise ``InvalidArgument`` where something that an update takes is not what it should be, of the shapes that this process holds."""
     if not isinstance(grads, Mapping) or not isinstance(state, State):
         raise InvalidArgument(
             f"update takes gradients by name and a state, but got {type(grads).__name__} and {type(state).__name__}. "
@@ -41,12 +42,11 @@ def check_update(
     missing = atoms.keys() - params.keys()
     if missing:
         raise InvalidArgument(f"update was given parameters without {sorted(missing)}. Pass all of the network's.")
-    _check_shapes(atoms, params)
+    _check_shapes(shapes, params)
     if evidence is not None and not (isinstance(evidence, Evidence) and all(isinstance(x, Tensor) for x in evidence)):
         raise InvalidArgument(
             f"update was given evidence {evidence!r}. Pass evidence=method.evidence(params, inputs, targets) of the same batch."
         )
-    shapes = {name: atom.shape for name, atom in atoms.items()}
     for what in WEIGHT_SIZED:
         odd = odd_tensors(what, getattr(state, what), shapes)
         if odd is not None:
@@ -79,11 +79,11 @@ def check_gradients(
             )
 
 
-def _check_shapes(atoms: Mapping[str, Weighted], params: Mapping[str, Tensor]) -> None:
-    for name, atom in atoms.items():
-        if tuple(params[name].shape) != atom.shape:
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], params: Mapping[str, Tensor]) -> None:
+    for name, shape in shapes.items():
+        if tuple(params[name].shape) != shape:
             raise InvalidArgument(
-                f"parameter {name!r} has shape {tuple(params[name].shape)}, but its module declares {atom.shape}"
+                f"parameter {name!r} has shape {tuple(params[name].shape)}, but its module declares {shape}"
             )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from modula_agd.averaging import average_
 from modula_agd.error import InvalidArgument
 from modula_agd.grouped import Grouped
+from modula_agd.placement import local, reshard
 
 
 class Lending(Grouped):
@@ -29,7 +30,8 @@ class Lending(Grouped):
         average = self._averages()
         device = self.capturable or torch.compiler.is_compiling()
         count = numbers["steps"] if device else int(numbers["clock"])
-        average_(average, {name: live[name] for name in average}, count)
+        held = {name: local(value) for name, value in average.items()}
+        average_(held, {name: local(live[name]) for name in average}, count)
 
     def averaged_state(self) -> dict[str, Tensor]:
         """The averaged weights and running statistics by name, as the network's ``load_state_dict`` takes them: a copy.
@@ -44,7 +46,10 @@ class Lending(Grouped):
             )
         average = self._averages()
         live = {**self._parameters(), **self._statistics()}
-        return {name: average.get(name, value).detach().to(value, copy=True) for name, value in live.items()}
+        return {
+            name: average.get(name, value).detach().to(value.device, value.dtype, copy=True)
+            for name, value in live.items()
+        }
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -60,6 +65,7 @@ class Lending(Grouped):
         with torch.no_grad():
             for name, value in live.items():
                 value.copy_(mean[name])
+        reshard(self._inner)
         self._now.swapped = True
         try:
             yield
@@ -67,4 +73,5 @@ class Lending(Grouped):
             with torch.no_grad():
                 for name, value in live.items():
                     value.copy_(kept[name])
+            reshard(self._inner)
             self._now.swapped = False

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from modula_agd.error import InvalidArgument
+from modula_agd.placement import is_spread, local, placed, spread
 from modula_agd.polar import working_dtype
 from modula_agd.state import WEIGHT_SIZED, State, complaint, not_finite, odd_tensors
 
@@ -66,9 +67,12 @@ def recalled(entries: Entries, numbers: Mapping[str, Any]) -> State:
 
 
 def keep(entry: dict[str, Any], key: str, value: Tensor, *, in_place: bool) -> None:
-    """Put a tensor in its place: where the old one is if ``in_place``, so that its address stays."""
+    """Put a tensor, or what this process holds of one, in its place: where the old one is if ``in_place``."""
     old = entry.get(key)
-    if not in_place or old is None or (old.shape, old.dtype, old.device) != (value.shape, value.dtype, value.device):
+    if old is not None and is_spread(old):
+        if local(old) is not value:
+            entry[key] = spread(value, old)
+    elif not in_place or old is None or (old.shape, old.dtype, old.device) != (value.shape, value.dtype, value.device):
         entry[key] = value
     elif old is not value:
         old.copy_(value)
@@ -129,7 +133,9 @@ def read(
         mine[parameter] = {"begun": int(entry.get("begun", 0))}
         # copies: the optimizer writes over its own
         tensors = {key: entry[key] for key in KEYS.values() if key in entry}
-        mine[parameter] |= {key: value.detach().to(parameter.device, copy=True) for key, value in tensors.items()}
+        mine[parameter] |= {
+            key: placed(value.detach().to(parameter.device, copy=True), parameter) for key, value in tensors.items()
+        }
     return mine, _groups(theirs, groups, numbers, like)
 
 
@@ -173,7 +179,11 @@ def _complaint(
     begun = {name for name, entry in entries.items() if entry.get("begun")}
     for what, key in KEYS.items():
         tensors = {name: entry[key] for name, entry in entries.items() if key in entry}
-        wrong = wrong or odd_tensors(what, tensors, shapes) or not_finite(what, tensors)
+        wrong = (
+            wrong
+            or odd_tensors(what, tensors, shapes)
+            or not_finite(what, {name: local(x) for name, x in tensors.items()})
+        )
         # a kept direction is made anew where there is none
         lacking = begun - tensors.keys() if tensors and what != "directions" else set()
         if lacking:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from modula_agd.bound import Bound, Number
 from modula_agd.device import precise
-from modula_agd.directions import directions, due, period
+from modula_agd.directions import due, period
 from modula_agd.error import InvalidArgument, UnknownBound
+from modula_agd.exchange import ALONE, Exchange
 from modula_agd.forecast import forecast
 from modula_agd.held_out import begun, measured, renewed
 from modula_agd.inspection import check_finite, check_parameters, check_step, check_update, loss_told
@@ -124,6 +125,10 @@ class Method:
         """Whether ``update`` must be given ``evidence``."""
         return self.search.needs_evidence
 
+    def started(self, momentum: Mapping[str, Tensor], exchange: Exchange = ALONE) -> dict[str, Tensor] | None:
+        """Whether each momentum has seen a gradient, where gradients may have been left out; None where none ever is."""
+        return exchange.nonzero(momentum) if self.skips else None
+
     def objective(
         self,
         params: Mapping[str, Tensor],
@@ -199,6 +204,7 @@ class Method:
         *,
         value: Tensor | float | None = None,
         part: float = 1.0,
+        exchange: Exchange = ALONE,
     ) -> tuple[dict[str, Tensor], State]:
         """One step: what to add to the parameters, and the new state. Pure.
 
@@ -209,6 +215,7 @@ class Method:
             evidence: R and a₀ of the same batch, for a certified search.
             value: the mean loss of the batch, 0-d, for the record of predicted and realised decrease in the state.
             part: the share of the step's samples that the gradient is made of, where ``absorb`` was given the others.
+            exchange: the other processes; ``grads``, ``state`` and ``params`` are what this one holds.
 
         Returns:
             Updates by name, in each parameter's dtype (none for a parameter of mass 0 or without a gradient), and the state that
@@ -221,7 +228,7 @@ class Method:
         """
         if not (finite_number(part) and 0 < part <= 1):
             raise InvalidArgument(f"update was given part={part!r}, which must be above 0 and at most 1")
-        move = self.decide(grads, state, params, evidence, value)
+        move = self.decide(grads, state, params, evidence, value, exchange)
         updates = {}
         for name, direction in move.directions.items():
             factor = move.factor(name, direction)
@@ -232,11 +239,19 @@ class Method:
             updates[name] = torch.where(move.finite, update, 0.0) if move.finite is not None else update
         momentum = state.momentum
         if self.momentum is not None:
-            momentum = renewed(momentum, move.gradients, self.share(state, part), move.finite, skips=self.skips)
+            momentum = renewed(
+                momentum, move.gradients, self.share(state, part), move.finite, started=self.started(momentum, exchange)
+            )
         return updates, move.state._replace(momentum=momentum)
 
     def absorb(
-        self, grads: Mapping[str, Tensor | None], state: State, params: Mapping[str, Tensor], part: float
+        self,
+        grads: Mapping[str, Tensor | None],
+        state: State,
+        params: Mapping[str, Tensor],
+        part: float,
+        *,
+        exchange: Exchange = ALONE,
     ) -> State:
         """Take a part of a step's samples into the direction before the rest measures the descent along it. Pure.
 
@@ -248,6 +263,7 @@ class Method:
             state: as ``init`` or the last ``update`` returned it.
             params: the parameters.
             part: the share of the step's samples that it is made of, between 0 and 1.
+            exchange: as for ``update``.
 
         Raises:
             InvalidArgument: the method has no momentum, or the share or a gradient is none.
@@ -260,17 +276,18 @@ class Method:
             )
         if not (finite_number(part) and 0 < part < 1):
             raise InvalidArgument(f"absorb was given part={part!r}, which must lie between 0 and 1")
-        self._check_arguments(grads, state, params, None, needs_evidence=False)
+        self._check_arguments(grads, state, params, None, exchange, needs_evidence=False)
         gradients = self._gradients(grads)
         if not gradients:
             return state
-        # the sum of the ends is infinite or NaN where one of them is, and nowhere else in double precision
-        ends = torch.stack([wide(gradient.amin()) + wide(gradient.amax()) for gradient in gradients.values()])
+        ends = exchange.total(torch.stack([_ends(gradients.get(name), params[name]) for name in self.atoms]))
         masked = self._masked(ends.device)
         if not masked:
-            check_finite(dict(zip(gradients, ends.tolist(), strict=True)))
+            check_finite(dict(zip(self.atoms, ends.tolist(), strict=True)))
         good = ends.isfinite().all() if masked else None
-        momentum = renewed(state.momentum, gradients, part * (1 - self.momentum), good, skips=self.skips)
+        momentum = renewed(
+            state.momentum, gradients, part * (1 - self.momentum), good, started=self.started(state.momentum, exchange)
+        )
         # a direction kept from before would not have seen what was just absorbed
         return state._replace(momentum=momentum, directions={})
 
@@ -288,20 +305,25 @@ class Method:
         params: Mapping[str, Tensor],
         evidence: Evidence | None = None,
         value: Tensor | float | None = None,
+        exchange: Exchange = ALONE,
     ) -> Move:
         """What ``update`` does, before anything is multiplied out; its state still holds the old momentum."""
-        self._check_arguments(grads, state, params, evidence)
+        self._check_arguments(grads, state, params, evidence, exchange)
         told = loss_told(value, state)
+        told = exchange.means({"loss": told})["loss"] if told is not None else None
+        evidence = exchange.evidence(evidence) if evidence is not None else None
         device = next(iter(params.values())).device
         zero = torch.zeros((), device=device, dtype=precise(device))
         gradients = self._gradients(grads)
-        directions, kept = self._directions(gradients, state, device)
+        directions, kept = self._directions(gradients, state, device, exchange)
         descents = {name: direction.pair(gradients[name]) for name, direction in directions.items()}
         pairs = torch.stack([descents.get(name, zero) for name in self.atoms])
+        shrinking = self._shrinking(gradients, params, device)
+        pairs, shrinking = exchange.total(torch.stack((pairs, shrinking))).unbind()
 
-        sizes = self._sizes(params, device)
+        sizes = self._sizes(params, device, exchange)
         reach = sizes * self._plan(device).masses
-        descent = (reach * pairs).sum() + self._shrinking(gradients, params, device)
+        descent = (reach * pairs).sum() + shrinking.sum()
         finite = descent.isfinite()
         masked = self._masked(device)
         if not masked:
@@ -358,7 +380,7 @@ class Method:
         return {name: gradient.detach() for name, gradient in found.items() if gradient is not None}
 
     def _directions(
-        self, gradients: Mapping[str, Tensor], state: State, device: torch.device
+        self, gradients: Mapping[str, Tensor], state: State, device: torch.device, exchange: Exchange
     ) -> tuple[dict[str, Direction], dict[str, Tensor]]:
         """u of each parameter, and those that shall serve further steps."""
         periods = self._plan(device).periods
@@ -370,16 +392,17 @@ class Method:
         old = {name for name in lasting & state.directions.keys() if not due(clock, places[name], periods[name])}
         sources = {name: state.momentum.get(name, gradients[name]) for name in gradients if name not in old}
         if self.skips:
-            known = sources.keys() & state.momentum.keys()
-            sources = {name: begun(x, gradients[name]) if name in known else x for name, x in sources.items()}
-        fresh = directions(self.norms, sources, half=self._half(sources, device))
+            known = {name: state.momentum[name] for name in sources if name in state.momentum}
+            started = exchange.nonzero(known)
+            sources |= {name: begun(x, gradients[name], started[name]) for name, x in known.items()}
+        fresh = exchange.directions(self.norms, sources, half=self._half(sources, device))
         kept = {name: fresh[name].dense() for name in fresh if name in lasting} | {n: state.directions[n] for n in old}
         # what is kept for a parameter without a gradient this time stays
         kept = {name: value for name, value in state.directions.items() if name not in kept} | kept
         one = torch.ones((), device=device)
         found = {name: Direction(kept[name], one.to(kept[name])) if name in old else fresh[name] for name in gradients}
         if self.momentum is not None:
-            found = {name: direction.where(gradients[name]) for name, direction in found.items()}
+            found = exchange.seen(found, gradients)
         return found, kept
 
     def _half(self, sources: Mapping[str, Tensor], device: torch.device) -> bool:
@@ -388,15 +411,14 @@ class Method:
             return self.precision == "half"
         return device.type == "cuda" and all(source.dtype != torch.float64 for source in sources.values())
 
-    def _shrinking(self, gradients: Mapping[str, Tensor], params: Mapping[str, Tensor], device: torch.device) -> Scalar:
-        """What decay alone lowers the loss by, to first order and per unit t: λ·Σ_k m_k·⟨g_k, W_k⟩."""
-        total = torch.zeros((), device=device, dtype=precise(device))
-        if not self.decay:
-            return total
-        for name, gradient in gradients.items():
-            flat = wide(torch.dot(gradient.flatten(), params[name].detach().to(gradient.dtype).flatten()))
-            total = total + self.decay * self.masses[name] * flat
-        return total
+    def _shrinking(self, gradients: Mapping[str, Tensor], params: Mapping[str, Tensor], device: torch.device) -> Tensor:
+        """What decay of each parameter alone lowers the loss by, to first order and per unit t: λ·m_k·⟨g_k, W_k⟩."""
+        parts = dict.fromkeys(self.atoms, torch.zeros((), device=device, dtype=precise(device)))
+        if self.decay:
+            for name, gradient in gradients.items():
+                flat = wide(torch.dot(gradient.flatten(), params[name].detach().to(gradient.dtype).flatten()))
+                parts[name] = self.decay * self.masses[name] * flat
+        return torch.stack(list(parts.values()))
 
     @cached_property
     def norms(self) -> dict[str, Norm]:
@@ -412,10 +434,12 @@ class Method:
         state: State,
         params: Mapping[str, Tensor],
         evidence: Evidence | None,
+        exchange: Exchange,
         *,
         needs_evidence: bool = True,
     ) -> None:
-        check_update(self.atoms, grads, state, params, evidence)
+        shapes = {name: exchange.shape(name, atom.shape) for name, atom in self.atoms.items()}
+        check_update(self.atoms, grads, state, params, evidence, shapes)
         if needs_evidence and self.needs_evidence and evidence is None:
             raise InvalidArgument(
                 "a certified update was asked for without evidence of R and the input magnitude. "
@@ -425,12 +449,16 @@ class Method:
     def _codomain(self) -> Space:
         return _settled(self.network, self.network.codomain)
 
-    def _sizes(self, params: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    def _sizes(self, params: Mapping[str, Tensor], device: torch.device, exchange: Exchange) -> Tensor:
         """ω_k: declared, or a certified bound of the current norm, never below the floor."""
         if self.sizes == "prescribed":
             return self._plan(device).sizes
-        bounds = [atom.norm.bound(params[name].detach()).clamp(min=atom.floor) for name, atom in self.atoms.items()]
-        return torch.stack(bounds).to(precise(device))
+        norms = {name: atom.norm for name, atom in self.atoms.items()}
+        bounds = exchange.numbers(
+            lambda norm, weight: norm.bound(weight), norms, {name: params[name] for name in norms}
+        )
+        floored = [bounds[name].clamp(min=atom.floor) for name, atom in self.atoms.items()]
+        return torch.stack(floored).to(precise(device))
 
     def _plan(self, device: torch.device) -> Plan:
         if device not in self._plans:
@@ -519,3 +547,10 @@ def _kept(new: dict[str, Tensor], old: dict[str, Tensor], finite: Bool[Tensor, "
     return {
         n: x if x is old.get(n) else torch.where(finite, x, old.get(n, torch.zeros_like(x))) for n, x in new.items()
     }
+
+
+def _ends(gradient: Tensor | None, like: Tensor) -> Scalar:
+    """The sum of its smallest and largest entry: infinite or NaN where one is, and nowhere else in double precision."""
+    if gradient is None or gradient.numel() == 0:
+        return torch.zeros((), device=like.device, dtype=precise(like.device))
+    return wide(gradient.amin()) + wide(gradient.amax())

@@ -21,7 +21,9 @@ from modula_agd.lending import Lending
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence
 from modula_agd.method import Method, Move
+from modula_agd.placement import data_parallel, exchange_of, local, local_gradient, reshard, skips_reduction
 from modula_agd.space import finite
+from modula_agd.state import WEIGHT_SIZED, State
 from modula_agd.torch_module import TorchModule
 
 
@@ -32,7 +34,8 @@ class AGD(Lending):
     schedulers and monitors that expect it.
 
     Args:
-        model: a network's ``torch.nn`` face, or a module that holds one; with a ready method any module whose parameters have the
+        model: a network's ``torch.nn`` face, or a module that holds one, such as ``DistributedDataParallel``; also after
+            ``fully_shard`` (docs/distributed.md); with a ready method any module whose parameters have the
             names of the method's network.
         loss: what is minimised, or a ``Method`` built beforehand.
         example_inputs: a batch as the model's forward takes it (a tensor, a tuple, or a dictionary of named arguments), for a model
@@ -43,6 +46,8 @@ class AGD(Lending):
             is momentum.
         capturable: whether ``step`` may be captured in a graph and replayed: all that changes stays where it is, and nothing is
             decided on the host.
+        share_directions: whether each direction is made on one rank and sent to the others, rather than on every rank; by default
+            where ``DistributedDataParallel`` is given. Sharded weights always share.
         options: as for ``agd``.
 
     Raises:
@@ -50,7 +55,7 @@ class AGD(Lending):
         InvalidArgument: an option is none of ``agd``, or does not go with another.
     """
 
-    _own = (*Lending._own, "_outside", "_micro")
+    _own = (*Lending._own, "_outside", "_micro", "_replicas", "_exchange")
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class AGD(Lending):
         example_inputs: Any = None,
         averaging: bool | None = None,
         capturable: bool = False,
+        share_directions: bool | None = None,
         **options: Any,
     ) -> None:
         ready = loss if isinstance(loss, Method) else None
@@ -92,6 +98,8 @@ class AGD(Lending):
                 f"AGD was given capturable=True, but directions of {', '.join(self._lasting())} serve several steps, and which are due "
                 "is decided on the host. Pass refresh=1."
             )
+        self._replicas = data_parallel(model)
+        self._exchange = exchange_of(params, self._replicas, share_directions)
         self._outside = outside(model, self._inner, self.method.atoms)
         self._now, self._micro = Now(), MicroBatches()
         start = self.method.init(params)._asdict()
@@ -119,7 +127,8 @@ class AGD(Lending):
         params = self._trained()
         found = {name: parameter.grad for name, parameter in params.items() if parameter.grad is not None}
         check_gradients(self.method.atoms, found, params)
-        self._micro.take(found)
+        mine = {name: local_gradient(gradient, params[name]) for name, gradient in found.items()}
+        self._micro.take(mine, reduced=not skips_reduction(self._replicas))
         for name in found:
             params[name].grad = None
 
@@ -164,7 +173,7 @@ class AGD(Lending):
 
     def _move(self, rates: Rates, evidence: Evidence | None, loss: Tensor | float | None) -> None:
         """Decide on a step, then write it over weights, momentum and average; nothing is written if deciding fails."""
-        params, trained = self._parameters(), self._trained()
+        whole, trained = self._parameters(), self._trained()
         odd = [name for name, parameter in self._outside if parameter.grad is not None]
         if odd:
             raise InvalidArgument(
@@ -172,17 +181,18 @@ class AGD(Lending):
                 "into the network, freeze them, or pass AGD the part of the model that it trains and give these to another optimizer."
             )
         self._follow()
-        before = self.current
-        grads = {name: trained[name].grad if name in trained else None for name in params}
-        grads, seen, part = self._micro.gathered(self.method, before, params, grads)
-        move = self.method.decide(grads, seen, params, evidence, loss)
+        before, params = _held(self.current), {name: local(parameter) for name, parameter in whole.items()}
+        grads = {name: _gradient(trained.get(name)) for name in params}
+        grads, seen, part = self._micro.gathered(self.method, before, params, grads, self._exchange)
+        move = self.method.decide(grads, seen, params, evidence, loss, self._exchange)
         allowed, multipliers = _allowed(move, rates), self._by_name(rates)
         for name in move.gradients:
-            entry, begun = self.state[params[name]], self.state[params[name]].get("begun")
-            self._allocate(name, params[name], moves=True)
+            entry = self.state[whole[name]]
+            begun = entry.get("begun")
+            self._allocate(name, whole[name], moves=True)
             if not begun and "average" in entry:
                 # weights may have been loaded since it was made
-                entry["average"].copy_(params[name])
+                local(entry["average"]).copy_(params[name])
             entry["begun"] = 1
         for name, direction in move.directions.items():
             weight, base, rate = params[name], direction.base, multipliers[name]
@@ -200,7 +210,8 @@ class AGD(Lending):
         momentum = seen.momentum
         if self.method.momentum is not None:
             fresh = self.method.share(before, part)
-            momentum = renewed(momentum, move.gradients, fresh, move.finite, in_place=True, skips=self.method.skips)
+            started = self.method.started(momentum, self._exchange)
+            momentum = renewed(momentum, move.gradients, fresh, move.finite, in_place=True, started=started)
             if seen is not before and move.finite is not None:
                 # a step left out leaves out what was absorbed for it
                 momentum = {
@@ -210,6 +221,7 @@ class AGD(Lending):
         self.current = move.state._replace(momentum=momentum)
         self._now.applied = multipliers
         self._renew_average()
+        reshard(self._inner)
 
     def _forget(self) -> None:
         self.discard()
@@ -219,7 +231,8 @@ class AGD(Lending):
 
     def explain(self) -> Explanation:
         """Why the last step was as long as it was, layer by layer; ``print`` it. Waits for the device."""
-        return explain(self.method, self.current, {name: float(rate) for name, rate in self._now.applied.items()})
+        rates = {name: float(rate) for name, rate in self._now.applied.items()}
+        return explain(self.method, _held(self.current), rates, self._exchange)
 
     def scalars(self) -> dict[str, float]:
         """The last step in numbers, for a logger: η, the descent, predicted and realised decrease, the relative step of each weight.
@@ -243,6 +256,20 @@ class AGD(Lending):
         if self._now.watched is not None and self._now.watched[1].query():
             descents, self._now.watched = self._now.watched[0], None
             self.method.check(self.current._replace(descents=descents))
+
+
+def _held(state: State) -> State:
+    """A state with what this process holds of its tensors."""
+    return state._replace(
+        **{what: {name: local(x) for name, x in getattr(state, what).items()} for what in WEIGHT_SIZED}
+    )
+
+
+def _gradient(parameter: Tensor | None) -> Tensor | None:
+    """What this process holds of a parameter's gradient."""
+    if parameter is None or parameter.grad is None:
+        return None
+    return local_gradient(parameter.grad, parameter)
 
 
 def _check_options(ready: Method | None, options: Mapping[str, Any]) -> None:

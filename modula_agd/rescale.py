@@ -24,8 +24,22 @@ def rescale(
         (``dims`` kept with size 1). A block whose largest entry is denormal is returned as zero. NaN and infinity pass
         through as NaN, so that a check further on sees them.
     """
+    return divided(x, peaks(x, dims))
+
+
+def peaks(x: Float[Tensor, "*shape"], dims: tuple[int, ...]) -> Float[Tensor, "*peaks"]:
+    """The largest absolute entry of each block, 0 of one without entries; arguments as for ``rescale``."""
+    if x.numel() == 0:
+        inside = {dim % x.ndim for dim in dims}
+        return x.new_zeros([1 if dim in inside else extent for dim, extent in enumerate(x.shape)])
     # on a CPU fifty times faster than the infinity norm, and without the copy that abs() would make
-    peak = torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True))
+    return torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True))
+
+
+def divided(
+    x: Float[Tensor, "*shape"], peak: Float[Tensor, "*peaks"]
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*peaks"]]:
+    """``rescale``, given the largest absolute entries, which may be those of larger blocks that x is a part of."""
     # `<` is false for NaN, so that NaN is not mistaken for an empty block; x/inf clears a block without a pass of its own
     empty = peak < torch.finfo(x.dtype).tiny
     return x / peak.masked_fill(empty, torch.inf), peak.masked_fill(empty, 0.0)

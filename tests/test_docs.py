@@ -9,7 +9,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITH_CODE = {"README.md", "architectures.md", "guide.md", "verification.md"}
+WITH_CODE = {"README.md", "architectures.md", "distributed.md", "guide.md", "verification.md"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

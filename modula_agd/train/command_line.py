@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from modula_agd import METHODS, CrossEntropy, Method, __version__
-from modula_agd.device import usable
 from modula_agd.error import InvalidArgument, ModulaError, UnknownBound
 from modula_agd.train.architecture import fitting, settled
 from modula_agd.train.catalogue import check, kind, task
@@ -28,6 +27,7 @@ from modula_agd.train.loop import Outcome, Schedule, train
 from modula_agd.train.objective import LOSSES
 from modula_agd.train.options import DATA_OPTIONS, METHOD, METHODS_ABOUT, NETWORK_OPTIONS, add_train, filled, given
 from modula_agd.train.plot import plot
+from modula_agd.train.ranks import ONE, Ranks, gathered, restarts
 from modula_agd.train.recipe import Recipe
 from modula_agd.train.record import NotSaved
 from modula_agd.train.resuming import resumption
@@ -64,24 +64,29 @@ def run(options: argparse.Namespace) -> int:
         Exit status: 0 done; 130 or 143 stopped by SIGINT or SIGTERM (what there is was saved).
     """
     require("modula-agd train", "matplotlib", "safetensors", "tqdm")
+    with gathered(options.device or "auto") as ranks:
+        return _run(again(options, ranks), ranks)
+
+
+def _run(options: argparse.Namespace, ranks: Ranks) -> int:
     if options.quiet:
         # what the datasets library asks when it is imported, which happens where it is needed alone
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    again = None if options.resume is None else resumption(options)
-    options = filled(options) if again is None else again.options
-    saved = None if again is None else again.saved
+    taken = None if options.resume is None else resumption(options)
+    options = filled(options) if taken is None else taken.options
+    saved = None if taken is None else taken.saved
     if options.threads:
         torch.set_num_threads(options.threads)
     network, data = given(options, NETWORK_OPTIONS), given(options, DATA_OPTIONS)
     architecture = fitting(options.arch, kind(options.data), options.data)
     sizes = settled(options.arch, network)
     check(options.data, data)
-    device = chosen(options.device)
+    device = ranks.device(options.device)
     folder = RunFolder(options.out) if options.out else fresh(Path("runs"), _run_name(options))
-    if again is None:
+    if taken is None and ranks.first:
         folder.check(overwrite=options.overwrite)
     if saved is not None and finished(saved, options.steps):
-        return _told_to_be_finished(options, sizes, saved, folder)
+        return _told_to_be_finished(options, sizes, saved, folder) if ranks.first else 0
 
     with _explained(folder):
         source = task(options.data, options.data_dir, flat=architecture.takes == "rows", device=device, **data)
@@ -91,11 +96,15 @@ def run(options: argparse.Namespace) -> int:
     recipe = Recipe(options.arch, sizes, logits, source.facts)
     method = _method(options, recipe)
     schedule = _schedule(options, source)
-    config = _config(options, sizes, schedule, folder, source) if again is None else again.config
+    config = _config(options, sizes, schedule, folder, source) if taken is None else taken.config
     config |= {"device": str(device), "versions": _versions()}
+    ranks.task(source, schedule.batch_size)
     print(method.network)
-    print(f"\n{source}; {schedule.steps:,} steps of {source.shown(schedule.batch_size)} on {device}")
-    if saved is None:
+    where = str(device) if ranks.size == 1 else f"{ranks.size} ranks, each on {device.type}"
+    print(f"\n{source}; {schedule.steps:,} steps of {source.shown(schedule.batch_size)} on {where}")
+    if not ranks.first:
+        pass
+    elif saved is None:
         folder.create(config)
     else:
         print(f"goes on after {int(saved.metadata['step']):,} steps")
@@ -103,8 +112,18 @@ def run(options: argparse.Namespace) -> int:
 
     with _explained(folder), _warned():
         outcome = train(
-            method, source, schedule, folder, recipe=recipe, config=config, resume=saved, progress=not options.quiet
+            method,
+            source,
+            schedule,
+            folder if ranks.first else None,
+            recipe=recipe,
+            config=config,
+            resume=saved,
+            progress=ranks.first and not options.quiet,
+            ranks=ranks,
         )
+    if not ranks.first:
+        return 0 if outcome.stopped is None else _SIGNALLED + outcome.stopped
     _report(outcome, folder, source)
     if not outcome.saved:
         raise TrainingFailed(
@@ -115,9 +134,26 @@ def run(options: argparse.Namespace) -> int:
     return 0 if outcome.stopped is None else _SIGNALLED + outcome.stopped
 
 
+def again(options: argparse.Namespace, ranks: Ranks) -> argparse.Namespace:
+    """The options of a run that torchrun has started anew: it goes on from its checkpoint.
+
+    Raises:
+        InvalidArgument: torchrun may restart a run that would not find its folder again.
+    """
+    most = restarts()[1]
+    if most and options.out is None and options.resume is None:
+        raise InvalidArgument(
+            f"torchrun may restart this run {most} times, but a new run folder has another name each time. Name one with --out."
+        )
+    out: Path | None = options.out
+    if not ranks.restarted or options.resume is not None or out is None or not RunFolder(out).config.exists():
+        return options
+    return argparse.Namespace(**{**vars(options), "resume": out, "overwrite": False})
+
+
 def chosen(name: str) -> torch.device:
     """The device of that name, tried; "auto" is an accelerator if there is one."""
-    return usable(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    return ONE.device(name)
 
 
 @contextmanager

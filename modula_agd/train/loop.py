@@ -13,6 +13,7 @@ from modula_agd.train.extras import require
 from modula_agd.train.journal import read
 from modula_agd.train.meter import Meter
 from modula_agd.train.pixels import DataError
+from modula_agd.train.ranks import ONE, Ranks
 from modula_agd.train.recipe import Recipe
 from modula_agd.train.record import Record
 from modula_agd.train.run_folder import Evaluation, RunFolder
@@ -91,6 +92,7 @@ def train(
     config: Mapping[str, Any] | None = None,
     resume: Checkpoint | None = None,
     progress: bool = False,
+    ranks: Ranks = ONE,
 ) -> Outcome:
     """Train a network on the task's device, from fresh weights or from a checkpoint.
 
@@ -107,6 +109,7 @@ def train(
         resume: a checkpoint to go on from, ``load(run.checkpoint)``: on a CPU with the same versions and number of threads the
             run then ends bit for bit as if it had not been stopped. Lines that the log has beyond it are dropped.
         progress: show a bar with loss, accuracy and η.
+        ranks: the processes of the run, of which the first alone is given ``run``.
 
     Returns:
         The outcome; also after a ``KeyboardInterrupt``, which ends the run with what there is.
@@ -124,7 +127,7 @@ def train(
 
     if run is not None and resume is None:
         run.begin()
-    trainer = Trainer(method, task, schedule.seed)
+    trainer = Trainer(method, ranks.task(task, schedule.batch_size), schedule.seed, ranks)
     start = trainer.start(schedule.seed) if resume is None else taken_up(resume, trainer, schedule)
     used = Clock(0.0, 0) if resume is None else clock(resume)
     earlier = () if run is None else read(run.log, used.log)
@@ -153,20 +156,21 @@ def _points(
     trainer: Trainer, point: Point, schedule: Schedule, record: Record, stop: Stop, bar: Any
 ) -> Iterator[Point]:
     """Each point from here to the end of the schedule, or until told to stop, once its step or its evaluation is done."""
-    task, eval_batch = trainer.task, max(schedule.batch_size, _EVALUATION_BATCH)
+    task, ranks, eval_batch = trainer.task, trainer.ranks, max(schedule.batch_size, _EVALUATION_BATCH)
     per_epoch = task.per_epoch(schedule.batch_size)
     begin = (point.step,) if point.step else ()
     batches = task.batches(schedule.batch_size, schedule.seed, *begin)
-    while not stop:
+    while not ranks.asked(stop):
         if point.due is not None:
-            held_out = trainer.evaluated(point, eval_batch, stop)
+            # ranks stop together, at a step
+            held_out = trainer.evaluated(point, eval_batch, stop if ranks.size == 1 else None)
             if held_out is None:
                 return
             record.add(_evaluation(point, per_epoch, held_out, record.seconds))
             point = looked_at(point)
             yield point
             record.keep(point, must=point.step == 0)
-        if point.step >= schedule.steps or stop:
+        if point.step >= schedule.steps or (stop and ranks.size == 1):
             return
         batch = next(batches, None)
         if batch is None:

@@ -32,8 +32,13 @@ class Meter:
         """
         count = labels.numel()
         hits = (outputs.argmax(-1) == labels).sum()
-        sums = torch.stack((loss.detach().float() * count, hits.float()))
-        return Meter(self.count + count, sums if self.sums is None else self.sums + sums)
+        return self.joined(Meter(count, torch.stack((loss.detach().float() * count, hits.float()))))
+
+    def joined(self, other: "Meter") -> "Meter":
+        """What both have counted."""
+        if self.sums is None or other.sums is None:
+            return other if self.sums is None else self
+        return Meter(self.count + other.count, self.sums + other.sums)
 
     def means(self) -> tuple[float | None, float | None]:
         """Mean loss (None where not finite) and the share of right predictions; waits for the device."""

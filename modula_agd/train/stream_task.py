@@ -33,12 +33,14 @@ class StreamTask:
         flat: give rows of features instead of images.
         workers: processes that read and decode, ≥ 0; 0 does it in this one.
         device: where batches shall arrive.
+        part: which part of each batch to read, and of how many; each has as many files as the others.
     """
 
     folder: ImageFolder
     flat: bool
     workers: int
     device: torch.device
+    part: tuple[int, int] = (0, 1)
 
     @property
     def facts(self) -> ImageFacts:
@@ -59,10 +61,13 @@ class StreamTask:
         return min(batch_size, len(self.folder.train.paths))
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        return self._load(self.folder.train, _Shuffled(len(self.folder.train.paths), batch_size, seed, start))
+        return self._load(
+            self.folder.train, _Shuffled(len(self.folder.train.paths), batch_size, seed, start, self.part)
+        )
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
-        order = torch.arange(len(self.folder.validation.paths)).split(batch_size)
+        part, parts = self.part
+        order = torch.arange(len(self.folder.validation.paths)).split(batch_size)[part::parts]
         return self._load(self.folder.validation, [[(index, None) for index in part.tolist()] for part in order])
 
     def _load(self, files: Files, choices: Any) -> Iterator[Batch]:
@@ -98,6 +103,7 @@ class _Shuffled:
     size: int
     seed: int
     start: int
+    part: tuple[int, int]
 
     def __iter__(self) -> Iterator[list[Choice]]:
         noise = stream(self.seed, AUGMENTATION)
@@ -105,7 +111,9 @@ class _Shuffled:
             torch.randint(2**62, (min(self.size, self.count),), generator=noise)
         for chosen in batches(self.count, self.size, stream(self.seed, 0), start=self.start):
             seeds = torch.randint(2**62, (len(chosen),), generator=noise)
-            yield list(zip(chosen.tolist(), seeds.tolist(), strict=True))
+            part, parts = self.part
+            mine = slice(part * len(chosen) // parts, (part + 1) * len(chosen) // parts)
+            yield list(zip(chosen[mine].tolist(), seeds[mine].tolist(), strict=True))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from modula_agd import Method, State
 from modula_agd.averaging import averaged
 from modula_agd.train.meter import Meter, finite
 from modula_agd.train.objective import aiming
+from modula_agd.train.ranks import ONE, Ranks
 from modula_agd.train.seeds import DROPOUT, stream
 from modula_agd.train.stopping import Stop
 from modula_agd.train.task import Batch, Task
@@ -47,8 +48,9 @@ class Point:
 class Trainer:
     """What one run computes with; holds nothing that changes but the generator of dropout."""
 
-    def __init__(self, method: Method, task: Task, seed: int) -> None:
-        self.method, self.task = method, task
+    def __init__(self, method: Method, task: Task, seed: int, ranks: Ranks = ONE) -> None:
+        self.method, self.task, self.ranks = method, task, ranks
+        self.exchange = ranks.exchange(method)
         self.aims = aiming(method.loss, task.facts.classes, task.device)
         self.generator = stream(seed, DROPOUT, task.device)
         self.gradient = torch.func.grad_and_value(self._training_loss, has_aux=True)
@@ -67,8 +69,10 @@ class Trainer:
             return {**moved, **buffers}
         return averaged(point.average if point.step else None, {**moved, **buffers}, point.step + 1)
 
-    def _training_loss(self, params: Tensors, buffers: Tensors, inputs: Tensor, aims: Tensor) -> tuple[Tensor, Any]:
-        outputs, renewed = self.method.network.run(params, inputs, buffers, self.generator)
+    def _training_loss(
+        self, params: Tensors, buffers: Tensors, inputs: Tensor, aims: Tensor, masks: torch.Generator
+    ) -> tuple[Tensor, Any]:
+        outputs, renewed = self.method.network.run(params, inputs, buffers, masks)
         return self.method.loss(outputs, aims), (outputs, renewed)
 
     def step(self, point: Point, batch: Batch, *, due: bool = False) -> Point:
@@ -80,14 +84,17 @@ class Trainer:
             due: whether the next point shall be evaluated.
         """
         self.generator.set_state(point.dropout)
+        masks = self.ranks.masks(self.generator)
         aims = self.aims(batch.labels)
         method, params = self.method, point.params
         # of the masks that the gradient is about to draw
-        evidence = (
-            method.evidence(params, batch.inputs, aims, self.generator.clone_state()) if method.needs_evidence else None
+        evidence = method.evidence(params, batch.inputs, aims, masks.clone_state()) if method.needs_evidence else None
+        grads, (value, (outputs, renewed)) = self.gradient(params, point.buffers, batch.inputs, aims, masks)
+        seen = Meter().plus(value, outputs, batch.labels)
+        grads, renewed = self.ranks.joined(self.exchange, grads, renewed)
+        updates, state = method.update(
+            grads, point.state, params, evidence=evidence, value=value, exchange=self.exchange
         )
-        grads, (value, (outputs, renewed)) = self.gradient(params, point.buffers, batch.inputs, aims)
-        updates, state = method.update(grads, point.state, params, evidence=evidence, value=value)
         moved = {name: weight + updates[name] if name in updates else weight for name, weight in params.items()}
         return Point(
             moved,
@@ -96,7 +103,7 @@ class Trainer:
             state,
             point.step + 1,
             self.generator.get_state(),
-            point.meter.plus(value, outputs, batch.labels),
+            point.meter.joined(self.ranks.total(seen, value)),
             _relative(updates, params) if due else None,
         )
 
@@ -115,7 +122,7 @@ class Trainer:
                     return None
                 outputs = self.method.network(mean, inputs, mean)
                 meter = meter.plus(self.method.loss(outputs, self.aims(labels)), outputs, labels)
-        return meter.means()
+        return self.ranks.total(meter, next(iter(mean.values()))).means()
 
 
 def looked_at(point: Point) -> Point:
