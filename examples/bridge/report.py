@@ -8,7 +8,6 @@ DIR holds ``cifar10/train.parquet`` and ``shakespeare/input.txt``; without it th
 import argparse
 import io
 import platform
-import time
 import warnings
 from dataclasses import dataclass
 from datetime import date
@@ -47,7 +46,6 @@ class Row:
     first: float
     last: float
     adam: float
-    seconds: float
     table: str
 
 
@@ -67,15 +65,15 @@ def cifar_and_shakespeare(folder: Path) -> models.Data:
     return models.Data(images, torch.tensor(rows["label"]), ids, len(characters))
 
 
-def losses(task: models.Task, network: object, steps: int) -> tuple[list[float], float, float]:
-    """Loss by step, what the first step's change of outputs was of the bound, and seconds in all."""
+def losses(task: models.Task, network: object, steps: int) -> tuple[list[float], float]:
+    """Loss by step, and what the first step's change of outputs was of the bound."""
     params, method, ratio = {}, None, 0.0
     adam = torch.optim.AdamW(task.model.parameters()) if network is None else None
     if network is not None:
         method = agd(network, task.loss)
         params = network.parameters()
         state = method.init(params)
-    generator, values, start = torch.Generator().manual_seed(2), [], time.perf_counter()
+    generator, values = torch.Generator().manual_seed(2), []
     for step in range(steps):
         inputs, targets = task.batch(generator)
         loss = task.loss(models.applied(task.model, inputs), targets)
@@ -94,7 +92,7 @@ def losses(task: models.Task, network: object, steps: int) -> tuple[list[float],
             bound = network.bound(float(state.t))
             moved = network.codomain.norm(_outputs(task, inputs) - before).mean()
             ratio = float(moved / (bound.magnitude * (bound.growth - 1)))
-    return values, ratio, time.perf_counter() - start
+    return values, ratio
 
 
 def _outputs(task: models.Task, inputs: object) -> torch.Tensor:
@@ -108,9 +106,9 @@ def row(name: str, data: models.Data, steps: int) -> Row:
     task = models.task(name, data)
     network = from_torch(task.model, task.batch(torch.Generator().manual_seed(1))[0], scores=name != "unet")
     table = str(network)
-    values, ratio, seconds = losses(task, network, steps)
+    values, ratio = losses(task, network, steps)
     other = models.task(name, data)
-    adam, _, _ = losses(other, None, steps)
+    adam, _ = losses(other, None, steps)
     return Row(
         name,
         sum(p.numel() for p in task.model.parameters()),
@@ -119,7 +117,6 @@ def row(name: str, data: models.Data, steps: int) -> Row:
         sum(values[:3]) / 3,
         sum(values[-5:]) / 5,
         sum(adam[-5:]) / 5,
-        seconds / steps,
         table,
     )
 
@@ -129,11 +126,11 @@ def page(rows: list[Row], steps: int, data: str, command: str) -> str:
     lines = [
         HEAD.format(command=command, day=date.today(), machine=machine, torch=torch.__version__, steps=steps, data=data)
     ]
-    lines += ["| model | from | parameters | D | realised/bound | first loss | last loss | AdamW's last | s per step |"]
-    lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    lines += ["| model | from | parameters | D | realised/bound | first loss | last loss | AdamW's last |"]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for r in rows:
         _, source, what = models.SOURCES[r.name]
-        numbers = f"{r.depth:.3g} | {r.ratio:.2f} | {r.first:.3f} | {r.last:.3f} | {r.adam:.3f} | {r.seconds:.3f}"
+        numbers = f"{r.depth:.3g} | {r.ratio:.2f} | {r.first:.3f} | {r.last:.3f} | {r.adam:.3f}"
         lines.append(f"| {what} | {source} | {r.parameters:,} | {numbers} |")
     lines += ["", "## What each parameter is", ""]
     for r in rows:
