@@ -1,6 +1,7 @@
 """Faults on purpose: a run that is killed at a chosen line of its code, in a process of its own."""
 
 import json
+import linecache
 import os
 import signal
 import sys
@@ -128,6 +129,11 @@ def counted(arguments: Sequence[str], folder: Path, *, whole: bool = False) -> l
 
     assert forked(work, folder) == 0, (folder / "said.txt").read_text()
     return [(name, line) for name, line in json.loads((folder / "places.json").read_text())]
+
+
+def source(place: Place) -> str:
+    """The line of code."""
+    return linecache.getline(str(FOLDER / f"{place[0]}.py"), place[1]).strip()
 
 
 def spread(count: int, among: Sequence[int]) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from faults import WRITING, Lines, command, counted, differences, forked, spread
+from faults import WRITING, Lines, command, counted, differences, forked, source, spread
 from modula_agd.command_line import main
 from modula_agd.train import command_line
 
@@ -39,9 +39,14 @@ def killed(folder: Path, points: int, seed: int = 0) -> tuple[int, list[str]]:
     """
     whole = arguments(folder, "whole")
     places = counted(whole, folder)
-    writing = [index for index, (name, _) in enumerate(places) if name in WRITING]
-    others = [index for index, (name, _) in enumerate(places) if name not in WRITING]
-    chosen = [*spread(points // 2, writing), *spread(points - points // 2, others)]
+    everywhere = range(len(places))
+    # where half of what is to be written will be there, where files are written, and anywhere
+    torn = [index for index in everywhere if source(places[index]).startswith("file.write(")]
+    writing = [index for index in everywhere if places[index][0] in WRITING and index not in torn]
+    others = [index for index in everywhere if places[index][0] not in WRITING]
+    chosen = spread(points // 6, torn)
+    chosen += spread(points // 2 - len(chosen), writing)
+    chosen += spread(points - len(chosen), others)
     assert len(set(chosen)) == points
     draw, kills, found = random.Random(seed), 0, []
     for count, index in enumerate(chosen):

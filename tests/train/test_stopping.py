@@ -31,7 +31,7 @@ DIGITS = [
     "1",
     "--quiet",
 ]
-LONG = [*DIGITS, "--steps", "150", "--eval-every", "40", "--checkpoint-every", "7"]
+LONG = [*DIGITS, "--steps", "80", "--eval-every", "40", "--checkpoint-every", "7"]
 
 
 @pytest.fixture
@@ -88,6 +88,16 @@ def test_a_reading_process_leaves_a_ctrl_c_to_its_parent_and_ends_when_told(tmp_
     assert forked(reading, tmp_path) == -signal.SIGTERM
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The run that nothing has disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_line, "_draw", lambda *_: None)
+        assert main([*LONG, "--out", str(out)]) == 0
+    return out
+
+
 def signalled(monkeypatch, step: int, *numbers: int, place: str = "step") -> None:
     inner = getattr(Trainer, place)
 
@@ -105,10 +115,9 @@ def signalled(monkeypatch, step: int, *numbers: int, place: str = "step") -> Non
     [(signal.SIGINT, 130, "interrupted after 12 steps"), (signal.SIGTERM, 143, "stopped by SIGTERM after 12 steps")],
 )
 def test_a_signal_ends_the_command_with_its_status_and_the_run_goes_on(
-    tmp_path, monkeypatch, capsys, undrawn, number, status, said
+    tmp_path, monkeypatch, capsys, undrawn, whole, number, status, said
 ):
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    assert main([*LONG, "--out", str(whole)]) == 0
+    out = tmp_path / "run"
     with monkeypatch.context() as patch:
         signalled(patch, 11, number)
         assert main([*LONG, "--out", str(out)]) == status
@@ -120,9 +129,8 @@ def test_a_signal_ends_the_command_with_its_status_and_the_run_goes_on(
     assert list(differences(whole, out)) == []
 
 
-def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(tmp_path, monkeypatch, capsys, undrawn):
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    assert main([*LONG, "--out", str(whole)]) == 0
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(tmp_path, monkeypatch, capsys, undrawn, whole):
+    out = tmp_path / "run"
     with monkeypatch.context() as patch:
         signalled(patch, 40, signal.SIGTERM, place="evaluated")
         assert main([*LONG, "--out", str(out)]) == 143
@@ -134,9 +142,8 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(tmp_path, monkeypat
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
 @pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
-def test_a_second_signal_ends_the_process_at_once(tmp_path, monkeypatch, capsys, undrawn, numbers):
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    assert main([*LONG, "--out", str(whole)]) == 0
+def test_a_second_signal_ends_the_process_at_once(tmp_path, monkeypatch, capsys, undrawn, whole, numbers):
+    out = tmp_path / "run"
 
     def twice() -> int:
         signalled(monkeypatch, 60, *numbers)
@@ -191,7 +198,7 @@ def test_a_process_that_is_told_to_stop_saves_and_ends_with_its_status(tmp_path,
 @pytest.mark.timeout(900)
 def test_a_process_killed_at_random_times_until_it_is_done_ends_as_one_that_was_not(tmp_path, capsys):
     out, draw, kills = tmp_path / "run", random.Random(0), 0
-    run = [*DIGITS, "--steps", "1500", "--eval-every", "300", "--checkpoint-every", "20"]
+    run = [*DIGITS, "--steps", "500", "--eval-every", "130", "--checkpoint-every", "20"]
     child = process([*run, "--out", str(out)])
     written(out, child)
     while True:
@@ -200,7 +207,7 @@ def test_a_process_killed_at_random_times_until_it_is_done_ends_as_one_that_was_
             time.sleep(draw.uniform(0, 3))
         else:
             written(out, child)
-            time.sleep(draw.uniform(0, 0.4))
+            time.sleep(draw.uniform(0, 0.2))
         child.kill()
         said, _ = child.communicate(timeout=60)
         if child.returncode != -signal.SIGKILL:
