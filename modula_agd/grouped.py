@@ -39,15 +39,17 @@ class Grouped(torch.optim.Optimizer):
     Attributes:
         method: whose steps are made.
         averaging: whether averaged weights are kept.
+        maximize: whether gradients are those of the negative of the loss.
         capturable: whether all that is remembered stays where it is.
     """
 
     method: Method
     averaging: bool
+    maximize: bool
     capturable: bool
     _inner: nn.Module
     _now: Now
-    _own: tuple[str, ...] = ("method", "averaging", "capturable", "_inner")
+    _own: tuple[str, ...] = ("method", "averaging", "maximize", "capturable", "_inner")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train further parameters of the network, such as those that were frozen before, with an ``lr`` of their own.

@@ -22,7 +22,7 @@ FOREIGN = {
     "nesterov": "Leave it out: the fresh gradient measures the descent instead.",
     "eps": "Leave it out: directions are of unit norm.",
     "amsgrad": "Leave it out.",
-    "maximize": "Negate the loss: the step is derived from what the loss declares, which bounds its rise and not its fall.",
+    "maximize": "Pass maximize=True to AGD itself.",
     "differentiable": "Leave it out: call method.update, a pure function, and differentiate that.",
     "foreach": "Leave it out: weights of equal shapes are taken together anyhow.",
     "fused": "Leave it out: there is no fused kernel.",

@@ -44,6 +44,7 @@ class AGD(Lending):
             "params" and an "lr" of their own. All of the network's by default.
         averaging: whether to keep averaged weights (one buffer of the weights' size), for ``averaged()``; by default where there
             is momentum.
+        maximize: whether what is differentiated is the negative of the loss, to be maximised: gradients and values told change sign.
         capturable: whether ``step`` may be captured in a graph and replayed: all that changes stays where it is, and nothing is
             decided on the host.
         share_directions: whether each direction is made on one rank and sent to the others, rather than on every rank; by default
@@ -65,6 +66,7 @@ class AGD(Lending):
         *,
         example_inputs: Any = None,
         averaging: bool | None = None,
+        maximize: bool = False,
         capturable: bool = False,
         share_directions: bool | None = None,
         **options: Any,
@@ -87,10 +89,11 @@ class AGD(Lending):
                 f"AGD was given a method built for a network with parameters {sorted(self.method.atoms)}, {self.method.network!r}, "
                 f"but a model of {network!r}. Build the method for the model's network."
             )
-        for name, flag in (("averaging", averaging), ("capturable", capturable)):
+        for name, flag in (("averaging", averaging), ("maximize", maximize), ("capturable", capturable)):
             if flag is not None and not isinstance(flag, bool):
                 raise InvalidArgument(f"AGD was given {name}={flag!r}, which must be True or False")
         self.averaging = self.method.momentum is not None if averaging is None else averaging
+        self.maximize = maximize
         self.capturable = capturable
         params = parameters(self._inner, self.method.atoms)
         if capturable and self._lasting():
@@ -127,7 +130,8 @@ class AGD(Lending):
         params = self._trained()
         found = {name: parameter.grad for name, parameter in params.items() if parameter.grad is not None}
         check_gradients(self.method.atoms, found, params)
-        mine = {name: local_gradient(gradient, params[name]) for name, gradient in found.items()}
+        sign = -1 if self.maximize else 1
+        mine = {name: sign * local_gradient(gradient, params[name]) for name, gradient in found.items()}
         self._micro.take(mine, reduced=not skips_reduction(self._replicas))
         for name in found:
             params[name].grad = None
@@ -183,6 +187,9 @@ class AGD(Lending):
         self._follow()
         before, params = _held(self.current), {name: local(parameter) for name, parameter in whole.items()}
         grads = {name: _gradient(trained.get(name)) for name in params}
+        if self.maximize:
+            grads = {name: None if gradient is None else -gradient for name, gradient in grads.items()}
+            loss = None if loss is None else -loss
         grads, seen, part = self._micro.gathered(self.method, before, params, grads, self._exchange)
         move = self.method.decide(grads, seen, params, evidence, loss, self._exchange)
         allowed, multipliers = _allowed(move, rates), self._by_name(rates)

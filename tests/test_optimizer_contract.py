@@ -770,3 +770,25 @@ def test_a_distributed_checkpoint_resumes_bit_for_bit(case: str, flatten: bool, 
     assert same(weights(model), weights(other))
     if optimizer.averaging:
         assert same(optimizer.averaged_state(), resumed.averaged_state())
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_maximising_the_negative_is_minimising(accumulate: bool) -> None:
+    weights = []
+    for sign in (1, -1):
+        model = MLP(Logits(3), 16, 8, 2).to_torch(0)
+        optimizer = AGD(model, CrossEntropy(), maximize=sign < 0)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            for _ in range(2 if accumulate else 1):
+                x = torch.randn(16, 8, generator=generator)
+                value = sign * CrossEntropy()(model(x), x[:, :3].argmax(1))
+                value.backward()
+                if accumulate:
+                    optimizer.accumulate()
+            optimizer.step(value=value.detach())
+            optimizer.zero_grad()
+        weights.append([p.detach().clone() for p in model.parameters()])
+        weights[-1].append(torch.tensor(optimizer.scalars()["realised"]))
+    for first, second in zip(*weights, strict=True):
+        assert torch.equal(first, second)
