@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, Self
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from modula_agd.bound import Bound
@@ -39,7 +39,7 @@ class Bridged(Network):
     captured: Captured
     ends: Space
     declarations: Mapping[str, Weight]
-    ratios: Mapping[tuple[fx.Node, fx.Node], float]
+    ratios: Mapping[tuple[str, str], float]
 
     @property
     def domain(self) -> Space | None:
@@ -66,12 +66,12 @@ class Bridged(Network):
         return found
 
     @cached_property
-    def _leaves(self) -> dict[fx.Node, Leaf]:
+    def _leaves(self) -> dict[str, Leaf]:
         return leaves(self.captured)
 
     @cached_property
-    def _scores(self) -> frozenset[fx.Node]:
-        return frozenset(score_nodes(self.captured)) if isinstance(self.ends, Logits) else frozenset()
+    def _scores(self) -> frozenset[str]:
+        return score_nodes(self.captured) if isinstance(self.ends, Logits) else frozenset()
 
     def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Tensor:
         args, kwargs = arguments(x)
@@ -151,25 +151,25 @@ def from_torch(
         SpaceMismatch: there is no tensor to take a loss of.
     """
     captured = capture(model, example_inputs, output, check=check)
-    result = captured.result
-    last = result.shape[-1]
-    classes = scores and result.ndim in (2, 3)
+    shape = captured.shape
+    last, dims = shape[-1], len(shape)
+    classes = scores and dims in (2, 3)
     spaces: dict[int, Callable[[], Space]] = {
         1: lambda: Features(last),
         2: lambda: Logits(last) if classes else Features(last),
         3: lambda: Logits(last) if classes else Sequence(last),
-        4: lambda: Image(result.shape[-3]),
-        5: lambda: Volume(result.shape[-4]),
+        4: lambda: Image(shape[-3]),
+        5: lambda: Volume(shape[-4]),
     }
-    if result.ndim not in spaces:
-        raise SpaceMismatch(f"{type(model).__name__} gives outputs of shape {tuple(result.shape)}, of no known space")
+    if dims not in spaces:
+        raise SpaceMismatch(f"{type(model).__name__} gives outputs of shape {shape}, of no known space")
     values = dict(model.named_parameters())
     places = uses(captured, classes)
-    weights, ratios = declared(captured, places, values)
+    weights, ratios = declared(places, values)
     if all(weight.mass == 0 for weight in weights.values()):
         raise InvalidArgument(
             f"from_torch found no parameter of {brief(type(model).__name__)} that requires a gradient and reaches the output"
         )
-    network = Bridged(model, output, captured, spaces[result.ndim](), weights, ratios)
+    network = Bridged(model, output, captured, spaces[dims](), weights, ratios)
     network.bound()
     return network

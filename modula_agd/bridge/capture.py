@@ -6,7 +6,7 @@ example, which gives each activation's magnitude a, and checked: what it compute
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
+from modula_agd.bridge.graph import Node, records
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.space import brief
 
@@ -25,27 +26,28 @@ NAMES = ("logits", "sample", "last_hidden_state", "out", "output")
 """Where models that return several things keep what a loss is taken of, the first that is there."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Captured:
     """A model on an example.
 
     Args:
-        graph: calls of operators, in order.
-        parameters: the name of a model's parameter by the placeholder that stands for it.
-        values: what the example gave each other placeholder.
+        nodes: what its output depends on, by name, in order.
+        parameters: the name of a model's parameter by the node that stands for it.
         magnitudes: RMS of each floating-point tensor that a node gave on the example; of several, of each.
         peaks: mean over positions of the largest entry, likewise.
         output: the node whose tensor the loss is taken of.
-        result: what it was on the example.
+        shape: of that tensor on the example.
     """
 
-    graph: fx.Graph
-    parameters: dict[fx.Node, str]
-    values: dict[fx.Node, Any]
-    magnitudes: dict[fx.Node, Any]
-    peaks: dict[fx.Node, Any]
-    output: fx.Node
-    result: Tensor
+    nodes: dict[str, Node]
+    parameters: dict[str, str]
+    magnitudes: dict[str, Any]
+    peaks: dict[str, Any]
+    output: str
+    shape: tuple[int, ...]
+
+    def __deepcopy__(self, memo: object) -> "Captured":
+        return self  # nothing in it changes
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -130,46 +132,74 @@ def capture(
     if not isinstance(model, nn.Module):
         raise InvalidArgument(f"from_torch was given {brief(model)}, which is no torch.nn.Module")
     args, kwargs = arguments(example)
-    wrapped = _Chosen(model, choose)
-    buffers = {name: value.detach().clone() for name, value in model.named_buffers()}
-    devices = {x.device for x in model.parameters() if x.device.type != "cpu"}
-    with _as_in_training(model), torch.random.fork_rng(sorted(devices, key=str)), torch.no_grad():
-        seed = torch.random.get_rng_state()
-        try:
-            direct = wrapped(*args, **kwargs)
-        except (InvalidArgument, SpaceMismatch):
-            raise
-        except Exception as error:
+    odd = [x for x in (*tree_leaves((args, kwargs)), *model.parameters()) if isinstance(x, Tensor) and x.is_meta]
+    if odd:
+        raise InvalidArgument(
+            "from_torch measures activations, and tensors on the device 'meta' have no values. Give the model some first."
+        )
+    for x in tree_leaves((args, kwargs)):
+        if isinstance(x, Tensor) and x.is_floating_point() and not (x.numel() and bool(x.isfinite().all())):
             raise InvalidArgument(
-                f"from_torch ran {type(model).__name__} on the example inputs, which failed: {_first_line(error)}. Pass what its "
-                "forward takes: a tensor, a tuple of positional arguments, or a dictionary of named ones."
-            ) from error
-        finally:
-            _restored(model, buffers)
+                f"from_torch was given an example of shape {tuple(x.shape)} that is empty, or holds NaN or infinity. Magnitudes are "
+                "measured on it: pass a batch of real data."
+            )
+    wrapped = _Chosen(model, choose)
+    cuda = sorted({x.device for x in model.parameters() if x.device.type == "cuda"}, key=str)
+    with _as_in_training(model), _as_it_was(model) as restore, torch.random.fork_rng(cuda), torch.no_grad():
+        direct = _run(model, lambda: wrapped(*_copied(args), **_copied(kwargs)))
+        restore()
         try:
             with warnings.catch_warnings():
                 # about export's own workings
                 warnings.simplefilter("ignore")
-                program = torch.export.export(wrapped, args, kwargs, strict=False)
+                program = torch.export.export(wrapped, _copied(args), _copied(kwargs), strict=False)
         except Exception as error:
             raise InvalidArgument(
                 f"from_torch could not capture {type(model).__name__} with torch.export: {_first_line(error)}. Control flow that depends "
                 "on values, and calls that leave torch, cannot be captured; write them with torch.where, or compose the network "
                 "from modula_agd modules."
             ) from error
-        finally:
-            _restored(model, buffers)
-        torch.random.set_rng_state(seed)
-        captured = _measured(program, model, (args, kwargs))
+        restore()
+        captured, result = _measured(program, model, (_copied(args), _copied(kwargs)))
     if check:
-        _compare(captured.result, direct, model)
+        _compare(result, direct, model)
     return captured
 
 
-def _restored(model: nn.Module, buffers: dict[str, Tensor]) -> None:
-    for name, value in model.named_buffers():
-        if name in buffers:
-            value.detach().copy_(buffers[name])
+def _copied(inputs: Any) -> Any:
+    """A forward pass may write over what it is given."""
+    return tree_map_only(Tensor, lambda x: x.detach().clone(), inputs)
+
+
+def _run(model: nn.Module, call: Callable[[], Tensor]) -> Tensor:
+    torch.manual_seed(0)
+    try:
+        return call()
+    except (InvalidArgument, SpaceMismatch):
+        raise
+    except Exception as error:
+        raise InvalidArgument(
+            f"from_torch ran {type(model).__name__} on the example inputs, which failed: {_first_line(error)}. Pass what its "
+            "forward takes: a tensor, a tuple of positional arguments, or a dictionary of named ones."
+        ) from error
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Parameters and buffers that a forward pass changes are put back, at the end and whenever what it yields is called."""
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    kept = {name: value.detach().clone() for name, value in own.items()}
+
+    def restore() -> None:
+        with torch.no_grad():
+            for name, value in kept.items():
+                if not torch.equal(own[name], value):
+                    own[name].data.copy_(value)
+
+    try:
+        yield restore
+    finally:
+        restore()
 
 
 def _first_line(error: Exception) -> str:
@@ -179,9 +209,13 @@ def _first_line(error: Exception) -> str:
 
 def _compare(result: Tensor, direct: Tensor, model: nn.Module) -> None:
     scale = float(direct.abs().amax()) if direct.numel() else 0.0
+    if not math.isfinite(scale):
+        raise InvalidArgument(
+            f"{type(model).__name__} gives NaN or infinity on the example inputs. Look for overflow in the model."
+        )
     away = float((result - direct).abs().amax()) if result.shape == direct.shape and direct.numel() else math.inf
     rounding = 1e3 * torch.finfo(direct.dtype).eps
-    if not away <= rounding * max(scale, 1e-30) and math.isfinite(scale):
+    if not away <= rounding * max(scale, 1e-30):
         raise InvalidArgument(
             f"the captured graph of {type(model).__name__} gives outputs that are {away:.3g} away from the model's own (largest "
             f"{scale:.3g}). A model that changes between two calls, or draws random numbers outside of torch, cannot be captured; "
@@ -192,15 +226,18 @@ def _compare(result: Tensor, direct: Tensor, model: nn.Module) -> None:
 class _Measuring(fx.Interpreter):
     """Runs the graph and notes how large every activation is."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, leave: Container[str]) -> None:
         super().__init__(module)
-        self.magnitudes: dict[fx.Node, Any] = {}
-        self.peaks: dict[fx.Node, Any] = {}
+        self.leave = leave
+        self.magnitudes: dict[str, Any] = {}
+        self.peaks: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        self.magnitudes[n] = _each(value, magnitude)
-        self.peaks[n] = _each(value, peak)
+        if n.name not in self.leave:
+            most = math.inf if n.op == "placeholder" else HIDDEN
+            self.magnitudes[n.name] = _each(value, lambda x: magnitude(x, most))
+            self.peaks[n.name] = _each(value, lambda x: peak(x, most))
         return value
 
 
@@ -212,42 +249,41 @@ def _each(value: Any, measure: Callable[[Tensor], float]) -> Any:
     return abs(float(value)) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
 
 
-def _seen(x: Tensor) -> Tensor:
-    x = x.detach().double() if x.device.type != "mps" else x.detach().float()
-    return torch.where(x.isfinite() & (x.abs() < HIDDEN), x, torch.zeros_like(x))
+def _seen(x: Tensor, most: float) -> Tensor:
+    x = x.detach().abs() if x.is_complex() else x.detach()
+    x = x.double() if x.device.type != "mps" else x.float()
+    return torch.where(x.isfinite() & (x.abs() < most), x, torch.zeros_like(x))
 
 
-def magnitude(x: Tensor) -> float:
-    """RMS over the entries that are activations; 0 of what is not floating-point."""
-    if not x.is_floating_point() or x.numel() == 0:
+def magnitude(x: Tensor, most: float = HIDDEN) -> float:
+    """RMS over the entries below ``most``, which are activations; 0 of what is not floating-point."""
+    if not (x.is_floating_point() or x.is_complex()) or x.numel() == 0:
         return 0.0
-    seen = _seen(x)
-    count = max(1, int(seen.count_nonzero()))
-    full = bool((x.detach().abs() < HIDDEN).all())
-    return float((seen.square().sum() / (x.numel() if full else count)).sqrt())
+    count = int((x.detach().abs() < most).sum())
+    return float((_seen(x, most).square().sum() / max(1, count)).sqrt())
 
 
-def peak(x: Tensor) -> float:
+def peak(x: Tensor, most: float = HIDDEN) -> float:
     """Mean over positions of the largest entry in the last dimension."""
     if not x.is_floating_point() or x.numel() == 0 or x.ndim == 0:
-        return magnitude(x)
-    return float(_seen(x).abs().amax(-1).mean())
+        return magnitude(x, most)
+    return float(_seen(x, most).abs().amax(-1).mean())
 
 
-def _measured(program: torch.export.ExportedProgram, model: nn.Module, call: tuple[Any, Any]) -> Captured:
-    """Run the graph once on the example."""
-    graph, signature = program.graph, program.graph_signature
+def _measured(
+    program: torch.export.ExportedProgram, model: nn.Module, call: tuple[Any, Any]
+) -> tuple[Captured, Tensor]:
+    """Run the graph once on the example; gives what it computes, too."""
+    signature = program.graph_signature
     # of tied weights, the name that named_parameters() gives
     names = {id(value): name for name, value in model.named_parameters()}
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     flat = iter(tree_flatten(call)[0])
-    parameters, values, given = {}, {}, []
-    placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    parameters, given = {}, []
     for spec in signature.input_specs:
-        node = placeholders[spec.arg.name]
         target = (spec.target or "").removeprefix("model.")
         if spec.kind == InputKind.PARAMETER:
-            parameters[node] = names[id(own[target])]
+            parameters[spec.arg.name] = names[id(own[target])]
             value: Any = own[target].detach()
         elif spec.kind == InputKind.BUFFER:
             value = own[target].detach().clone()
@@ -256,18 +292,15 @@ def _measured(program: torch.export.ExportedProgram, model: nn.Module, call: tup
         else:
             value = program.constants[spec.target or ""]
         given.append(tree_map_only(Tensor, torch.Tensor.detach, value))
-        if node not in parameters:
-            values[node] = value
-    runner = _Measuring(program.graph_module)
+    runner = _Measuring(program.graph_module, parameters)
+    torch.manual_seed(0)
     outputs = runner.run(*given, enable_io_processing=False)
-    place = [spec.kind for spec in signature.output_specs].index(OutputKind.USER_OUTPUT)
-    last = next(node for node in reversed(graph.nodes) if node.op == "output")
-    return Captured(
-        graph,
-        parameters,
-        values,
-        runner.magnitudes,
-        runner.peaks,
-        last.args[0][place],
-        outputs[place],  # pyright: ignore
+    index = [spec.kind for spec in signature.output_specs].index(OutputKind.USER_OUTPUT)
+    last = next(node for node in reversed(program.graph.nodes) if node.op == "output")
+    output = last.args[0][index].name  # pyright: ignore
+    nodes = records(program.graph, output)
+    magnitudes, peaks = (
+        {name: values[name] for name in nodes if name in values} for values in (runner.magnitudes, runner.peaks)
     )
+    used = {name: parameter for name, parameter in parameters.items() if name in nodes}
+    return Captured(nodes, used, magnitudes, peaks, output, tuple(outputs[index].shape)), outputs[index]

@@ -9,10 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
 
 from modula_agd.bridge.flow import Call, Rule, stretched
-from modula_agd.bridge.operators import operator_name
+from modula_agd.bridge.graph import Node, operator_name
 from modula_agd.bridge.rules import RULES
 from modula_agd.error import InvalidArgument, UnknownBound
 from modula_agd.space import finite
@@ -24,7 +23,7 @@ DECLARED: dict[str, Rule] = {}
 def declare(
     operator: Any, *, lipschitz: float | None = None, source: str | None = None, rule: Rule | None = None
 ) -> None:
-    """Say how an operator passes a perturbation on, for every model captured from now on.
+    """Say how an operator passes a perturbation on, in every captured model, from now on.
 
     Args:
         operator: ``torch.ops.namespace.name``, with or without overload, or the name as an error gave it.
@@ -82,8 +81,7 @@ def _name(operator: Any) -> str:
     if isinstance(operator, torch._ops.OpOverloadPacket):
         operator = getattr(operator, operator.overloads()[0])
     if isinstance(operator, torch._ops.OpOverload):
-        graph = fx.Graph()
-        return operator_name(graph.call_function(operator, ()))
+        return operator_name(operator)
     if isinstance(operator, str) and operator:
         return operator.removeprefix("torch.ops.").removeprefix("aten.").split(".")[0].replace("aten::", "")
     raise InvalidArgument(
@@ -91,31 +89,19 @@ def _name(operator: Any) -> str:
     )
 
 
-def rule_of(node: fx.Node) -> Rule:
+def rule_of(node: Node) -> Rule:
     """The rule of a call.
 
     Raises:
         UnknownBound: there is none; says which operator, called where, and what to do.
     """
-    name = operator_name(node)
+    name = node.operator
     rule: Callable[[Call], Any] | None = DECLARED.get(name) or RULES.get(name)
     if rule is None:
+        remedy = f"Declare one: declare({name!r}, lipschitz=c, source='...'), or declare({name!r}, rule=...) for more than one argument."
+        if name.startswith("wrap_with"):
+            remedy = "It is a region of autocast or of set_grad_enabled in the forward: put it around the call of the model instead."
         raise UnknownBound(
-            f"the model calls the operator {node.target}, of which no bound is known, {_place(node)}. Declare one before capturing: "
-            f"declare({name!r}, lipschitz=c, source='...'), or declare({name!r}, rule=...) for more than one argument."
+            f"the model calls the operator {node.target}, of which no bound is known, {node.where}. {remedy}"
         )
     return rule
-
-
-def _place(node: fx.Node) -> str:
-    """Where in the model a call stands: the innermost module, and the line of code in it."""
-    modules = list((node.meta.get("nn_module_stack") or {}).values())
-    path, kind = modules[-1] if modules else ("", "the model")
-    path = str(path).removeprefix("model").removeprefix(".")
-    kind = str(kind if isinstance(kind, str) else kind.__name__).split(".")[-1]
-    lines = [line.strip() for line in str(node.meta.get("stack_trace", "")).strip().split("\n")]
-    frames = [(lines[i], lines[i + 1]) for i in range(len(lines) - 1) if lines[i].startswith("File ")]
-    # the last line that is not torch's own
-    own = [frame for frame in frames if "/torch/" not in frame[0]] or frames
-    where = f"in {kind}" + (f" at {path!r}" if path else "")
-    return f"{where}, line {own[-1][1]!r} ({own[-1][0]})" if own else where

@@ -11,12 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, fx
-
 from modula_agd import bound as algebra
 from modula_agd.bound import Bound, Grade, Number, larger, source
 from modula_agd.bridge.capture import Captured
-from modula_agd.bridge.operators import operator_name, writes_in_place
+from modula_agd.bridge.graph import Node, Ref, roots
 from modula_agd.bridge.weights import Leaf, Weight
 from modula_agd.error import UnknownBound
 from modula_agd.run import Step
@@ -46,21 +44,20 @@ class Flow:
 
     captured: Captured
     weights: Mapping[str, Weight]
-    ratios: Mapping[tuple[fx.Node, fx.Node], float]
-    leaves: Mapping[fx.Node, Leaf]
-    scores: frozenset[fx.Node]
+    ratios: Mapping[tuple[str, str], float]
+    leaves: Mapping[str, Leaf]
+    scores: frozenset[str]
     step: Step
-    corrections: dict[tuple[fx.Node, int | None], float]
+    corrections: dict[tuple[str, Any], float]
 
-    def measured(self, node: fx.Node) -> Any:
+    def measured(self, node: str) -> Any:
         """What the example showed."""
         kind = self.captured.peaks if node in self.scores else self.captured.magnitudes
         return kind.get(node, 0.0)
 
-    def is_number(self, node: fx.Node) -> bool:
+    def is_number(self, node: str) -> bool:
         """Whether it stands for activations or weights, rather than ids, masks or shapes."""
-        value = node.meta.get("val")
-        return isinstance(value, Tensor) and value.is_floating_point()
+        return self.captured.nodes[node].floating
 
     def size(self, name: str) -> Number:
         """ω of a parameter."""
@@ -77,53 +74,56 @@ class Call:
         known: bound of every node that moves, or leaf of a parameter; what stays as it is, is absent.
     """
 
-    node: fx.Node
+    node: Node
     flow: Flow
-    known: Mapping[fx.Node, Any]
+    known: Mapping[str, Any]
 
     @property
     def name(self) -> str:
         """The operator."""
-        return operator_name(self.node)
+        return self.node.operator
 
     @property
     def out(self) -> Any:
         """The result's magnitude on the example; a tuple of several."""
-        return self.flow.measured(self.node)
+        return self.flow.measured(self.node.name)
 
-    def argument(self, place: int, name: str = "", default: Any = None) -> Any:
-        """An argument by position, or by name."""
-        args = self.node.args
-        return args[place] if place < len(args) else self.node.kwargs.get(name, default)
+    def argument(self, place: int, default: Any = None) -> Any:
+        """An argument by position, as the operator's schema has it; defaults are filled in."""
+        return self.node.args[place] if place < len(self.node.args) else default
+
+    def named(self, name: str, default: Any = None) -> Any:
+        """An argument by name."""
+        return self.node.named(name, default)
 
     def moves(self, argument: Any) -> bool:
         """Whether a step changes it."""
         if isinstance(argument, list | tuple):
             return any(map(self.moves, argument))
-        value = self.known.get(argument) if isinstance(argument, fx.Node) else None
+        value = self.known.get(argument) if isinstance(argument, Ref) else None
         if isinstance(value, Leaf):
             return self.flow.weights[value.name].mass > 0
         return value is not None
 
     def bound(self, argument: Any) -> Bound:
         """The bound of an activation; of what stays, its magnitude alone."""
-        value = self.known.get(argument) if isinstance(argument, fx.Node) else None
+        value = self.known.get(argument) if isinstance(argument, Ref) else None
         if isinstance(value, Leaf):
             return self._weight(argument, value)
         if isinstance(value, Bound):
             return value
-        size = self.flow.measured(argument) if isinstance(argument, fx.Node) else _number(argument)
+        size = self.flow.measured(argument) if isinstance(argument, Ref) else _number(argument)
         return source(max(size if isinstance(size, float) else 0.0, TINY))
 
-    def _weight(self, argument: fx.Node, leaf: Leaf) -> Bound:
+    def _weight(self, argument: Ref, leaf: Leaf) -> Bound:
         """A parameter as an activation: of size ω, moved by r."""
         weight = self.flow.weights[leaf.name]
-        size = self.flow.size(leaf.name) * self.flow.ratios.get((self.node, argument), 1.0)
+        size = self.flow.size(leaf.name) * self.flow.ratios.get((self.node.name, str(argument)), 1.0)
         return Bound(size, 1 + weight.mass * self.flow.step.t, None, weight.mass, weight.mass)
 
     def weight(self, argument: Any) -> Bound | None:
         """A parameter's own bound, of magnitude ω; None of what is no parameter."""
-        value = self.known.get(argument) if isinstance(argument, fx.Node) else None
+        value = self.known.get(argument) if isinstance(argument, Ref) else None
         return self._weight(argument, value) if isinstance(value, Leaf) else None
 
     def settled(self, x: Bound, index: int | None = None) -> Bound:
@@ -137,7 +137,7 @@ class Call:
 
     def correction(self, magnitude: Number, index: int | None = None, least: float = 0.0) -> float:
         """How much smaller the result was on the example than the algebra has it: settled at the capture, and kept."""
-        place = (self.node, index)
+        place = (self.node.name, index)
         if place not in self.flow.corrections:
             out = self.out if index is None else self.out[index]
             out = out[0] if isinstance(out, tuple) else out
@@ -152,7 +152,8 @@ class Call:
             return self.settled(algebra.product(x, self.bound(factor), 1.0), index)
         could = x.magnitude * weight.magnitude
         correction = self.correction(could, index, least=1 / MOST)
-        result = algebra.product(x, stretched(weight, 1 / correction), 1.0)
+        # a result that is larger than the weight's norm allows tells that the norm does not bound this map
+        result = algebra.product(x, stretched(weight, max(1.0, 1 / correction)), 1.0)
         return replace(result, magnitude=could * correction)
 
 
@@ -171,30 +172,51 @@ Rule = Callable[[Call], Any]
 """From a call to the bound of its result; to a tuple of bounds where it gives several."""
 
 
-def propagate(flow: Flow, rule_of: Callable[[fx.Node], Rule], unmoved: frozenset[str]) -> Bound:
+def propagate(flow: Flow, rule_of: Callable[[Node], Rule], unmoved: frozenset[str]) -> Bound:
     """The bound of the model's output.
 
     Args:
         flow: the model and the step.
         rule_of: the rule of a call that a step changes; raises ``UnknownBound`` where there is none.
         unmoved: operators whose results do not move, whatever they are given.
+
+    Raises:
+        UnknownBound: nothing that moves reaches the output, or a rule gives no bound.
     """
-    known: dict[fx.Node, Any] = dict(flow.leaves)
-    for node in flow.captured.graph.nodes:
-        if node.op != "call_function" or node in known:
+    known: dict[str, Any] = dict(flow.leaves)
+    nodes = flow.captured.nodes
+    memory = roots(nodes)
+    for name, node in nodes.items():
+        if not node.operator or name in known:
             continue
         call = Call(node, flow, known)
-        value = node.meta.get("val")
-        whole = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
         # ids, places in an order, masks: a small step leaves them as they are
-        if whole or operator_name(node) in unmoved or not any(map(call.moves, node.all_input_nodes)):
+        if not node.floating or node.operator in unmoved or not any(map(call.moves, node.inputs)):
             continue
-        known[node] = rule_of(node)(call)
-        if writes_in_place(node):
-            known[node.args[0]] = known[node]
+        result = rule_of(node)(call)
+        if not all(isinstance(part, Bound) for part in (result if isinstance(result, tuple) else (result,))):
+            raise UnknownBound(
+                f"the rule of {node.operator} gave {result!r}, where a Bound belongs, or a tuple of them"
+            )
+        known[name] = result
+        if node.writes and isinstance(result, Bound):
+            _written(known, node, result, memory, flow)
     end = known.get(flow.captured.output)
     if isinstance(end, tuple):
         end = end[0]
     if not isinstance(end, Bound):
         raise UnknownBound("no parameter that requires a gradient reaches the output; there is nothing to train")
     return replace(end, magnitude=larger(end.magnitude, LEAST[bool(flow.scores)])).assuming(ASSUMPTION, Grade.ASSUMED)
+
+
+def _written(known: dict[str, Any], node: Node, result: Bound, memory: Mapping[str, str], flow: Flow) -> None:
+    """What was written over moves, too: the argument itself, and beside what they held, all that may share its memory."""
+    target = node.inputs[0] if node.inputs else None
+    for name, root in memory.items():
+        if name == node.name or root != memory[node.name] or name in flow.captured.parameters:
+            continue
+        before = known.get(name)
+        if name == target or before is None:
+            known[name] = result
+        elif isinstance(before, Bound):
+            known[name] = replace(algebra.total([before, result]), magnitude=larger(before.magnitude, result.magnitude))

@@ -1,9 +1,4 @@
-"""Names of operators: which only pass an activation on, which do not depend on values, and which view a weight."""
-
-import operator
-from typing import Any
-
-from torch import fx
+"""Names of operators: which only pass an activation on, which do not depend on values, which multiply by a weight."""
 
 
 def _names(text: str) -> frozenset[str]:
@@ -12,12 +7,14 @@ def _names(text: str) -> frozenset[str]:
 
 VIEWS = _names(
     """
-    _to_copy _unsafe_view alias bfloat16 clone contiguous detach double expand expand_as flatten float half
-    lift_fresh_copy movedim numpy_T permute reshape reshape_as squeeze swapaxes t to transpose type_as unflatten unsqueeze
+    _to_copy _unsafe_view adjoint alias bfloat16 clone contiguous detach double expand expand_as flatten float half
+    lift_fresh_copy mH mT matrix_H movedim numpy_T permute reshape reshape_as squeeze swapaxes t to transpose type_as unflatten unsqueeze
     view view_as
     """
 )
 """The same numbers, laid out otherwise."""
+
+COPIES = frozenset(("clone", "_to_copy", "lift_fresh_copy"))
 
 PARTS = _names(
     """
@@ -26,6 +23,9 @@ PARTS = _names(
 )
 """Some of the numbers."""
 
+ALIASES = (VIEWS | PARTS) - COPIES
+"""Results that may share the memory of the first argument."""
+
 HOMOGENEOUS = _names(
     """
     _upsample_bicubic2d_aa _upsample_bilinear2d_aa abs adaptive_avg_pool1d adaptive_avg_pool2d
@@ -33,12 +33,12 @@ HOMOGENEOUS = _names(
     arctan asinh atan avg_pool1d avg_pool2d avg_pool3d bernoulli celu channel_shuffle clamp clamp_max clamp_min
     col2im constant_pad_nd cumsum diagonal dropout elu erf feature_alpha_dropout feature_dropout fft_fft
     fft_fft2 fft_fftn fft_ifft fft_ifft2 fft_ifftn fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn
-    flip fold gather gelu grid_sampler grid_sampler_2d hardshrink hardswish hardtanh im2col imag index
+    flip fold fractional_max_pool2d gather gelu grid_sampler grid_sampler_2d hardshrink hardswish hardtanh im2col imag index
     index_select leaky_relu linalg_vector_norm masked_fill masked_select max max_pool1d max_pool2d
-    max_pool2d_with_indices max_pool3d mean median min mish nan_to_num native_dropout neg norm pad permute_copy
+    max_pool2d_with_indices max_pool3d mean median min mish nan_to_num native_dropout neg norm pad permute_copy renorm embedding_renorm fill
     pixel_shuffle pixel_unshuffle real reflection_pad1d reflection_pad2d relu relu6 repeat repeat_interleave
-    replication_pad1d replication_pad2d roll rot90 rrelu selu silu sin sinh softshrink softsign sort std sum
-    take_along_dim tan tanh tanhshrink threshold tile topk trace tril triu unfold upsample_bicubic2d
+    replication_pad1d replication_pad2d roll rot90 rrelu selu silu  softshrink softsign sort std sum
+    take_along_dim tanh tanhshrink threshold tile topk trace tril triu unfold upsample_bicubic2d
     upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
     upsample_trilinear3d view_as_complex view_as_real
     """
@@ -47,12 +47,12 @@ HOMOGENEOUS = _names(
 
 SUMS = _names(
     """
-    add cat concat hstack lerp max_other maximum min_other minimum rsub stack sub vstack where
+    add cat concat hstack lerp max_other maximum min_other minimum rsub cdist stack sub vstack where
     """
 )
 PRODUCTS = _names(
     """
-    bmm dot einsum kron matmul mm mul multiply mv outer
+    bmm dot einsum kron matmul mm mul multiply mv outer bilinear inner tensordot cosine_similarity addcmul
     """
 )
 
@@ -61,6 +61,10 @@ GROUPED = ("_grouped_mm", "transformers::grouped_mm_fallback")
 
 LIPSCHITZ = {
     "cos": 1.0,
+    "log1p": 1.0,
+    "logcumsumexp": 1.0,
+    "remainder": 1.0,
+    "sin": 1.0,
     "hardsigmoid": 1 / 6,
     "log_sigmoid": 1.0,
     "sigmoid": 0.25,
@@ -73,7 +77,7 @@ LIPSCHITZ = {
 }
 """Bonds that are not 0 at 0: the largest slope, in the maximum norm of what a softmax takes."""
 
-DEGREES = {"rsqrt": 0.5, "sqrt": 0.5, "reciprocal": 1.0, "square": 2.0, "var": 2.0}
+DEGREES = {"glu": 2.0, "reciprocal": 1.0, "rsqrt": 0.5, "sqrt": 0.5, "square": 2.0, "var": 2.0}
 """Powers: the factor by which a small relative change grows."""
 
 UNMOVED = _names(
@@ -81,32 +85,20 @@ UNMOVED = _names(
     _assert_async _assert_tensor_metadata argmax argmin argsort bincount bitwise_and bitwise_not bitwise_or
     bucketize ceil empty_like eq floor floor_divide full_like ge gt histc isfinite isinf isnan le logical_and
     logical_not logical_or lt multinomial ne new_empty new_full new_ones new_zeros nonzero numel one_hot
-    ones_like rand_like randint_like randn_like remainder round searchsorted sgn sign size sym_size trunc unique
+    ones_like rand_like randint_like randn_like round searchsorted sgn sign size sym_size trunc unique
     zeros_like
     """
 )
 """Results that a small change of activations leaves as they are: shapes, comparisons, roundings."""
 
-
-def operator_name(node: fx.Node) -> str:
-    """The operator's name without namespace of torch, overload, and the underscore of what writes in place."""
-    target: Any = node.target
-    if target is operator.getitem:
-        return "getitem"
-    schema = getattr(target, "_schema", None)
-    if schema is None:
-        return getattr(target, "__name__", str(target))
-    namespace, name = schema.name.split("::")
-    if namespace != "aten":
-        return f"{namespace}::{name}"
-    kept = name if name.startswith("__") or not name.endswith("_") else name[:-1]
-    overload = getattr(target, "_overloadname", "")
-    # max and min of two tensors are sums, as far as changes go; of one they are reductions
-    return f"{kept}_other" if kept in ("max", "min") and overload == "other" else kept
-
-
-def writes_in_place(node: fx.Node) -> bool:
-    """Whether the operator writes over its first argument."""
-    schema = getattr(node.target, "_schema", None)
-    name = schema.name.split("::")[1] if schema is not None else ""
-    return name.endswith("_") and not name.startswith("__")
+MATRICES: dict[str, tuple[int, ...]] = {
+    "linear": (1,),
+    "addmm": (1, 2),
+    "baddbmm": (1, 2),
+    "bmm": (0, 1),
+    "matmul": (0, 1),
+    "mm": (0, 1),
+    "mv": (0,),
+    **dict.fromkeys(GROUPED, (0, 1)),
+}
+"""Operators that multiply by a matrix, with the places where it may stand."""

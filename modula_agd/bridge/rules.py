@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from torch import fx
-
 from modula_agd import bound as algebra
-from modula_agd.bound import Bound, source
-from modula_agd.bridge.flow import TINY, Call, Rule, stretched
+from modula_agd.bound import Bound, Number, source
+from modula_agd.bridge.flow import MOST, TINY, Call, Rule, stretched
+from modula_agd.bridge.graph import Ref
 from modula_agd.bridge.operators import (
     DEGREES,
     GROUPED,
@@ -19,9 +18,8 @@ from modula_agd.bridge.operators import (
     PRODUCTS,
     SUMS,
     VIEWS,
-    operator_name,
 )
-from modula_agd.bridge.weights import CONVOLUTIONS, RECURRENT
+from modula_agd.bridge.weights import CELLS, CONVOLUTIONS, RECURRENT
 
 RECALL = 0.5
 """Assumed share of a perturbed recurrent state that is left one step later: forget gates about a half."""
@@ -46,17 +44,23 @@ def _parts(arguments: Any) -> Iterator[Any]:
     for argument in arguments:
         if isinstance(argument, list | tuple):
             yield from _parts(argument)
-        elif isinstance(argument, fx.Node | int | float) and not isinstance(argument, bool):
+        elif isinstance(argument, Ref | int | float) and not isinstance(argument, bool):
             yield argument
 
 
-def _tensors(call: Call) -> list[fx.Node]:
-    return [x for x in _parts(call.node.args) if isinstance(x, fx.Node) and call.flow.is_number(x)]
+def _tensors(call: Call) -> list[Ref]:
+    return [x for x in _parts(call.node.args) if isinstance(x, Ref) and call.flow.is_number(x)]
 
 
 def _summed(call: Call) -> Bound:
     numbers = [x for x in call.node.args[:2] if isinstance(x, int | float) and call.name in ("add", "sub", "rsub")]
-    return call.settled(algebra.total([call.bound(argument) for argument in (*_tensors(call), *numbers)]))
+    terms = [call.bound(argument) for argument in (*_tensors(call), *numbers)]
+    total = algebra.total(terms)
+    # where terms cancel, the sum is small and its change is not
+    apart = math.sqrt(sum(float(term.magnitude) ** 2 for term in terms)) / float(total.magnitude)
+    kept = call.correction(total.magnitude)
+    result = call.settled(total)
+    return stretched(result, min(apart / max(kept, TINY), MOST)) if 2 * kept < apart else result
 
 
 def _multiplied(call: Call) -> Bound:
@@ -64,7 +68,7 @@ def _multiplied(call: Call) -> Bound:
     moving = [x for x in factors if call.moves(x)]
     if len(factors) == 2 == len(moving):
         for one, other in (factors, factors[::-1]):
-            if normalises(other, one):
+            if normalises(call, other, one):
                 # a map of degree 0: as large as on the example, whatever comes in
                 return replace(call.bound(one), magnitude=max(call.out, TINY))
     weights = [x for x in factors if call.weight(x) is not None]
@@ -86,7 +90,7 @@ def _shifted(call: Call, x: Bound, bias: Any) -> Bound:
 
 
 def _linear(call: Call) -> Bound:
-    return _shifted(call, call.product(call.bound(call.argument(0)), call.argument(1)), call.argument(2, "bias"))
+    return _shifted(call, call.product(call.bound(call.argument(0)), call.argument(1)), call.argument(2))
 
 
 def _addmm(call: Call) -> Bound:
@@ -107,7 +111,7 @@ def _embedding(call: Call) -> Bound:
 
 def _normalised(scale: int, shift: int) -> Callable[[Call], Any]:
     def rule(call: Call) -> Any:
-        weight, bias = call.argument(scale, "weight"), call.argument(shift, "bias") if shift >= 0 else None
+        weight, bias = call.argument(scale), call.argument(shift) if shift >= 0 else None
         index = 0 if isinstance(call.out, tuple) else None
         unit = replace(call.bound(call.argument(0)), magnitude=1.0)
         result = call.product(unit, weight, index) if call.moves(weight) else call.settled(unit, index)
@@ -119,11 +123,11 @@ def _normalised(scale: int, shift: int) -> Callable[[Call], Any]:
 
 def _attention(call: Call) -> Any:
     queries, keys, values = (call.bound(call.argument(place)) for place in range(3))
-    width = int(call.argument(0).meta["val"].shape[-1])
-    scale: Any = call.node.kwargs.get("scale", None) or 1 / math.sqrt(width)
+    width = (call.flow.captured.nodes[call.argument(0)].shape or (1,))[-1]
+    scale = call.named("scale") or 1 / math.sqrt(width)
     # a product of independent features of mean square 1 has standard deviation sqrt(d)
     result = algebra.attention(queries, keys, values, float(scale) * math.sqrt(width))
-    mask = call.argument(3, "attn_mask")
+    mask = call.named("attn_mask")
     if call.moves(mask):
         shift = call.bound(mask)
         result = replace(algebra.product(result, stretched(shift, shift.magnitude), 1.0), magnitude=result.magnitude)
@@ -135,9 +139,14 @@ def _lipschitz(slope: float) -> Rule:
         x = call.bound(call.argument(0))
         # a softmax is relative to probabilities, whose sum is 1; others to what they give
         unit = 1.0 if "softmax" in call.name and "log" not in call.name else max(call.out, LOW)
-        return replace(stretched(x, slope * x.magnitude / unit), magnitude=max(call.out, TINY))
+        return replace(stretched(x, _ratio(call, slope * x.magnitude / unit)), magnitude=max(call.out, TINY))
 
     return rule
+
+
+def _ratio(call: Call, ratio: Number) -> Number:
+    """Of a bond whose values may be small by cancellation: at least 1 where it is 0 at 0."""
+    return algebra.larger(1.0, ratio) if call.name in ("sin", "log1p") else ratio
 
 
 def _powered(degree: float) -> Rule:
@@ -151,13 +160,18 @@ def _powered(degree: float) -> Rule:
 def _pow(call: Call) -> Bound:
     base, exponent = call.argument(0), call.argument(1)
     if isinstance(base, int | float):
-        return _exp(call, exponent)
+        return _exp(call, exponent, abs(math.log(abs(base) or 1.0)))
     return _powered(abs(exponent) if isinstance(exponent, int | float) else 1.0)(call)
 
 
-def _exp(call: Call, exponent: Any = None) -> Bound:
-    x = call.bound(call.argument(0) if exponent is None else exponent)
-    return replace(stretched(x, x.magnitude), magnitude=max(call.out, TINY))
+def _exp(call: Call, exponent: Any = None, rate: float = 1.0) -> Bound:
+    """Relative to e^h, a change of h counts in full, and the largest h count most."""
+    argument = call.argument(0) if exponent is None else exponent
+    x = call.bound(argument)
+    peak = call.flow.captured.peaks.get(argument, 0.0) if isinstance(argument, Ref) else 0.0
+    ratio = rate * algebra.larger(x.magnitude, peak if isinstance(peak, float) else 0.0)
+    ratio = algebra.larger(1.0, ratio) if call.name in ("sinh", "tan") else ratio
+    return replace(stretched(x, ratio), magnitude=max(call.out, TINY))
 
 
 def _log(call: Call) -> Bound:
@@ -174,28 +188,58 @@ def _recurrent(call: Call) -> Any:
     fused, biased, layers = call.argument(2), bool(call.argument(3)), int(call.argument(4))
     both = 2 if call.argument(7) else 1
     state = max(call.out[0], LOW)
+    first = _state(call, call.argument(1), state)
     width = len(fused) // (layers * both)
     for layer in range(layers):
         start = layer * both * width
         cells = [fused[start + way * width : start + (way + 1) * width] for way in range(both)]
-        x = algebra.total([_cell(call, x, own, state, biased) for own in cells])
+        x = algebra.total([_cell(call, x, first, own, state, biased) for own in cells])
         x = replace(x, magnitude=state)
     return tuple(replace(x, magnitude=max(part, TINY)) for part in call.out)
 
 
-def _cell(call: Call, x: Bound, weights: Any, state: float, biased: bool) -> Bound:
-    into, across, *biases = (call.bound(weight) for weight in weights)
+def _one_step(call: Call) -> Any:
+    several = isinstance(call.out, tuple)
+    state = max(call.out[0] if several else call.out, LOW)
+    first = _state(call, call.argument(1), state)
+    weights = [x for x in call.node.args[2:6] if isinstance(x, Ref)]
+    x = _cell(call, call.bound(call.argument(0)), first, weights, state, len(weights) > 2)
+    return tuple(replace(x, magnitude=max(part, TINY)) for part in call.out) if several else x
+
+
+def _state(call: Call, given: Any, state: float) -> Bound:
+    """The state that a sequence starts with."""
+    moving = [call.bound(x) for x in _parts([given]) if call.moves(x)]
+    return replace(algebra.total(moving), magnitude=state) if moving else source(state)
+
+
+def _cell(call: Call, x: Bound, first: Bound, weights: Any, state: float, biased: bool) -> Bound:
+    into, across, *others = (call.bound(weight) for weight in weights)
     pushed = algebra.product(x, into, 1.0)
-    turned = algebra.product(source(state), across, 1.0)
-    total = algebra.total([pushed, turned, *(biases if biased else [])])
+    turned = algebra.product(first, across, 1.0)
+    total = algebra.total([pushed, turned, *(others[:2] if biased else [])])
+    # a projection of the state
+    for projection in others[2 if biased else 0 :]:
+        total = algebra.product(total, projection, 1.0)
     return replace(stretched(total, 1 / (1 - RECALL)), magnitude=state)
 
 
-def _plain(node: Any) -> Any:
+def _weight_norm(call: Call) -> Any:
+    """g·v/‖v‖: of degree 0 in v, of degree 1 in g."""
+    direction = replace(call.bound(call.argument(0)), magnitude=1.0)
+    result = algebra.product(call.bound(call.argument(1)), direction, 1.0)
+    if isinstance(call.out, float):
+        return call.settled(result)
+    result = call.settled(result, 0)
+    return result, *(stretched(result, 0.0) for _ in call.out[1:])
+
+
+def _plain(call: Call, name: Any) -> Any:
     """Before casts and copies."""
-    while isinstance(node, fx.Node) and node.op == "call_function" and operator_name(node) in VIEWS and node.args:
-        node = node.args[0]
-    return node
+    nodes = call.flow.captured.nodes
+    while name in nodes and nodes[name].operator in VIEWS and nodes[name].inputs:
+        name = nodes[name].inputs[0]
+    return name
 
 
 SIZES = frozenset(("mean", "sum", "var", "std", "norm", "linalg_vector_norm", "amax", "max"))
@@ -207,27 +251,28 @@ MEASURES = (
 """What may stand between an activation and a number that tells how large it is."""
 
 
-def normalises(divisor: fx.Node, x: fx.Node) -> bool:
-    """Whether ``divisor`` is made of nothing but the size of ``x``: a root mean square, a deviation, a norm, or its inverse."""
-    bases = {_plain(x)}
-    front: Any = bases.copy()
-    for base in front:
-        if isinstance(base, fx.Node) and base.op == "call_function" and operator_name(base) in ("sub", "add"):
-            bases |= {_plain(base.args[0])}
-    node: Any = divisor
-    shrunk = False
-    while isinstance(node, fx.Node) and node.op == "call_function":
-        name = operator_name(node)
-        if shrunk and _plain(node) in bases:
-            return True
-        if name == "mul" and len(set(node.args)) == 1:
-            node = node.args[0]
-            continue
-        if name not in MEASURES:
+INVERSIONS = frozenset(("rsqrt", "reciprocal"))
+
+
+def normalises(call: Call, divisor: str, x: str) -> bool:
+    """Whether a product with ``divisor``, or a quotient by it, divides ``x`` by its own size: RMS, deviation, norm, maximum."""
+    nodes = call.flow.captured.nodes
+    bases = {_plain(call, x)}
+    for base in tuple(bases):
+        if nodes[base].operator in ("sub", "add") and nodes[base].inputs:
+            bases.add(_plain(call, nodes[base].inputs[0]))
+    name, shrunk, inverted = _plain(call, divisor), False, call.name.startswith(("div", "true_div"))
+    while not (shrunk and name in bases):
+        node = nodes[name]
+        squares = node.operator == "mul" and len(set(node.inputs)) == 1
+        if not node.inputs or not (squares or node.operator in MEASURES):
             return False
-        shrunk = shrunk or name in SIZES
-        node = node.args[0]
-    return shrunk and node in bases
+        power = node.args[1] if node.operator == "pow" and len(node.args) > 1 else 1
+        if node.operator in INVERSIONS or (isinstance(power, int | float) and power < 0):
+            inverted = not inverted
+        shrunk = shrunk or node.operator in SIZES
+        name = _plain(call, node.inputs[0])
+    return inverted
 
 
 RULES: dict[str, Rule] = {
@@ -246,15 +291,18 @@ RULES: dict[str, Rule] = {
     **{name: _lipschitz(slope) for name, slope in LIPSCHITZ.items()},
     **{name: _powered(degree) for name, degree in DEGREES.items()},
     **dict.fromkeys(RECURRENT, _recurrent),
+    **dict.fromkeys(CELLS, _one_step),
+    **dict.fromkeys(("_weight_norm", "_weight_norm_interface"), _weight_norm),
+    **dict.fromkeys(("exp", "sinh", "tan", "expm1"), _exp),
     "scaled_dot_product_attention": _attention,
     "layer_norm": _normalised(2, 3),
     "native_layer_norm": _normalised(2, 3),
     "rms_norm": _normalised(2, -1),
     "_fused_rms_norm": _normalised(2, -1),
     "group_norm": _normalised(2, 3),
+    "native_group_norm": _normalised(1, 2),
     "batch_norm": _normalised(1, 2),
     "instance_norm": _normalised(1, 2),
     "pow": _pow,
-    "exp": _exp,
     "log": _log,
 }

@@ -26,12 +26,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from modula_agd import convolution
 from modula_agd.bridge.capture import Captured
-from modula_agd.bridge.operators import GROUPED, PARTS, VIEWS, operator_name
-from modula_agd.norm import RMS, Norm, RowBlocks, RowNorm, Sign, Spectral, Transposed, drawing_dtype
+from modula_agd.bridge.graph import Node, Ref
+from modula_agd.bridge.operators import MATRICES, PARTS, PRODUCTS, VIEWS
+from modula_agd.norm import RMS, Frobenius, Norm, RowBlocks, RowNorm, Sign, Spectral, Transposed, drawing_dtype
 from modula_agd.polar import working_dtype
 
 SHARE = 0.1
@@ -107,16 +108,6 @@ class Weight:
         return self.kind
 
 
-MATRICES = {
-    "linear": (1,),
-    "addmm": (1, 2),
-    "matmul": (0, 1),
-    "mm": (0, 1),
-    "bmm": (0, 1),
-    **dict.fromkeys(GROUPED, (0, 1)),
-    "mv": (0,),
-    "baddbmm": (1, 2),
-}
 BIASES = {
     "linear": (2,),
     "addmm": (0,),
@@ -129,6 +120,7 @@ BIASES = {
     "instance_norm": (2,),
     "add": (0, 1),
     "sub": (0, 1),
+    **dict.fromkeys(("gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell"), (4, 5)),
 }
 SCALES = {
     "layer_norm": (2,),
@@ -142,57 +134,64 @@ SCALES = {
     "prelu": (1,),
     "_prelu_kernel": (1,),
     "mul": (0, 1),
+    "_weight_norm": (1,),
+    "_weight_norm_interface": (1,),
 }
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 RECURRENT = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 """Recurrent operators and how many weights each fuses."""
+CELLS = {f"{name}_cell": count for name, count in RECURRENT.items()}
+"""The same for a single step."""
 
 
-def leaves(captured: Captured) -> dict[fx.Node, Leaf]:
+def leaves(captured: Captured) -> dict[str, Leaf]:
     """Every node that is a parameter or a view of one."""
-    found: dict[fx.Node, Leaf] = {node: Leaf(name) for node, name in captured.parameters.items()}
-    for node in captured.graph.nodes:
-        if node.op != "call_function" or not node.args or node.args[0] not in found:
+    found: dict[str, Leaf] = {node: Leaf(name) for node, name in captured.parameters.items()}
+    for name, node in captured.nodes.items():
+        if node.operator not in VIEWS or node.writes or node.inputs != node.args[:1] or node.inputs[0] not in found:
             continue
-        leaf, name = found[node.args[0]], operator_name(node)
-        if name in VIEWS:
-            before, after = (value.meta["val"].ndim for value in (node.args[0], node))
-            turned = name in ("t", "transpose", "swapaxes", "numpy_T", "permute") and before == after >= 2
-            plain = name in ("alias", "clone", "contiguous", "detach", "to", "_to_copy", "type_as", "float", "half")
-            if turned and leaf.transposed is not None and _swaps_last(node, name, before):
-                found[node] = replace(leaf, transposed=not leaf.transposed)
-            else:
-                found[node] = leaf if plain or turned else replace(leaf, transposed=None)
+        leaf, before, after = found[node.inputs[0]], captured.nodes[node.inputs[0]].shape, node.shape
+        if before == after and node.operator not in TURNS:
+            found[name] = leaf
+        elif leaf.transposed is not None and node.operator in TURNS and _swaps_last(node, len(before or ())):
+            found[name] = replace(leaf, transposed=not leaf.transposed)
+        else:
+            found[name] = replace(leaf, transposed=None)
     return found
 
 
-def _swaps_last(node: fx.Node, name: str, dims: int) -> bool:
-    if name in ("t", "numpy_T"):
-        return dims == 2
-    last = {dims - 2, dims - 1}
-    if name == "permute":
-        order = [axis % dims for axis in node.args[1]]  # pyright: ignore
-        return order == [*range(dims - 2), dims - 1, dims - 2]
-    return {axis % dims for axis in node.args[1:3]} == last  # pyright: ignore
+TURNS = frozenset(("t", "mH", "mT", "matrix_H", "adjoint", "transpose", "swapaxes", "numpy_T", "permute"))
 
 
-def score_nodes(captured: Captured) -> set[fx.Node]:
+def _swaps_last(node: Node, dims: int) -> bool:
+    if node.operator in ("t", "numpy_T", "mH", "mT", "matrix_H", "adjoint"):
+        return dims == 2 or node.operator not in ("t", "numpy_T")
+    if node.operator == "permute":
+        return [axis % dims for axis in node.args[1]] == [*range(dims - 2), dims - 1, dims - 2]
+    return {axis % dims for axis in node.args[1:3]} == {dims - 2, dims - 1}
+
+
+AFTER = VIEWS | PARTS | {"dropout", "mul", "div", "masked_fill", "mean", "log_softmax", "adaptive_avg_pool2d"}
+"""What may stand between the head of a model and its output."""
+
+
+def score_nodes(captured: Captured) -> frozenset[str]:
     """The output and what leads to it without another weight: there, activations are scores of classes."""
     found, front = set(), [captured.output]
     while front:
-        node = front.pop()
-        found.add(node)
-        name = operator_name(node) if node.op == "call_function" else ""
-        passes = name in VIEWS | PARTS | {"dropout", "alias", "mul", "div", "masked_fill"}
-        sources = [arg for arg in node.all_input_nodes if isinstance(arg.meta.get("val"), Tensor)]
-        if passes and sources and sources[0] not in found:
-            front.append(sources[0])
-        elif name == "add":
-            front += [arg for arg in sources if arg not in found]
-    return found
+        name = front.pop()
+        node = captured.nodes[name]
+        found.add(name)
+        sources = [argument for argument in node.inputs if captured.nodes[argument].floating]
+        if node.operator in AFTER and sources:
+            sources = sources[:1]
+        elif node.operator != "add":
+            continue
+        front += [source for source in sources if source not in found and source not in captured.parameters]
+    return frozenset(found)
 
 
-def uses(captured: Captured, scores: bool) -> dict[tuple[fx.Node, fx.Node], Use]:
+def uses(captured: Captured, scores: bool) -> dict[tuple[str, str], Use]:
     """Each use of a parameter, by the operator's call and the node that stands for the parameter in it.
 
     Args:
@@ -200,71 +199,88 @@ def uses(captured: Captured, scores: bool) -> dict[tuple[fx.Node, fx.Node], Use]
         scores: whether its outputs are scores of classes.
     """
     known = leaves(captured)
-    heads = score_nodes(captured) if scores else set()
+    heads = score_nodes(captured) if scores else frozenset()
     found = {}
-    for node in captured.graph.nodes:
-        if node.op != "call_function" or node in known:
+    for name, node in captured.nodes.items():
+        if not node.operator or name in known:
             continue
         for place, argument in _arguments(node):
             if argument in known:
-                found[node, argument] = _use(captured, node, place, argument, known[argument], node in heads)
+                found[name, str(argument)] = _use(captured, node, place, argument, known[argument], name in heads)
     return found
 
 
-def _arguments(node: fx.Node) -> Iterator[tuple[Any, fx.Node]]:
+def _arguments(node: Node) -> Iterator[tuple[Any, Ref]]:
     """Arguments that are nodes, each with its position; of a list in it, a pair of positions."""
-    positional = enumerate(node.args)
-    schema = getattr(node.target, "_schema", None)
-    places = {argument.name: index for index, argument in enumerate(schema.arguments)} if schema is not None else {}
-    named = ((places.get(name, name), value) for name, value in node.kwargs.items())
-    for place, value in (*positional, *named):
-        if isinstance(value, fx.Node):
+    for place, value in enumerate(node.args):
+        if isinstance(value, Ref):
             yield place, value
         elif isinstance(value, list | tuple):
-            yield from (((place, index), part) for index, part in enumerate(value) if isinstance(part, fx.Node))
+            yield from (((place, index), part) for index, part in enumerate(value) if isinstance(part, Ref))
 
 
-def _use(captured: Captured, node: fx.Node, place: Any, argument: fx.Node, leaf: Leaf, head: bool) -> Use:
-    name = operator_name(node)
-    shape: tuple[int, ...] = tuple(argument.meta["val"].shape)
-    out = captured.magnitudes[node]
+def _use(captured: Captured, node: Node, place: Any, argument: Ref, leaf: Leaf, head: bool) -> Use:
+    name, shape = node.operator, captured.nodes[argument].shape or ()
+    out = captured.magnitudes[node.name]
     around = (out if isinstance(out, float) else out[0]) or 1.0
-    if name in RECURRENT and isinstance(place, tuple):
-        count = RECURRENT[name]
-        if len(shape) == 2:
-            rows, columns = shape
-            kind = f"Linear({rows}, {columns})"
-            return Use(leaf.name, kind, RowBlocks(Spectral(), count) if count > 1 else Spectral(), 1.0, 0.0)
+    fused = RECURRENT.get(name, 0) if isinstance(place, tuple) else CELLS.get(name, 0) if place in (2, 3) else 0
+    if fused and len(shape) == 2:
+        whole = fused == 1 or shape[0] % fused > 0 or place == (2, 4)
+        norm = Spectral() if whole else RowBlocks(Spectral(), fused)
+        return Use(leaf.name, f"Linear({shape[0]}, {shape[1]})", norm, 1.0, 0.0)
+    if fused:
         return Use(leaf.name, f"Bias({_sides(shape)})", RMS(), 1.0, SHARE)
     if place in MATRICES.get(name, ()) and len(shape) >= 2:
         return _matrix(node, name, place, leaf, shape, head)
+    if (name in CONVOLUTIONS or name == "convolution") and place == 1 and leaf.transposed is False:
+        atom = _convolution(node, name, shape)
+        return Use(leaf.name, repr(atom), atom.norm, 1.0, 0.0)
     if name in CONVOLUTIONS or name == "convolution":
-        if place == 1:
-            atom = _convolution(node, name, shape)
-            return Use(leaf.name, repr(atom), atom.norm, 1.0, 0.0)
         return Use(leaf.name, f"Bias({_sides(shape)})", RMS(), around, SHARE)
-    if name in ("embedding", "embedding_bag") and place == 0:
-        count, width = argument.meta["val"].shape
-        return Use(leaf.name, f"Embedding({width}, {count})", RowNorm.of_embedding(width), 1.0, 0.0)
+    if name in ("embedding", "embedding_bag") and place == 0 and len(shape) == 2:
+        return Use(leaf.name, f"Embedding({shape[1]}, {shape[0]})", RowNorm.of_embedding(shape[1]), 1.0, 0.0)
+    if name in ("_weight_norm", "_weight_norm_interface") and place == 0:
+        return Use(leaf.name, f"Direction({_sides(shape)})", Spectral() if len(shape) == 2 else RMS(), 1.0, 0.0)
     vector = math.prod(shape) == max((1, *shape))
     if place in SCALES.get(name, ()) and vector:
         return Use(leaf.name, f"Scale({_sides(shape)})", Sign(), 1.0, SHARE)
     if place in BIASES.get(name, ()) and vector:
         norm = Sign() if head else RMS()
-        return Use(leaf.name, f"Bias({_sides(shape)})", norm, captured.peaks[node] if head else around, SHARE)
-    norm = RowNorm.of_embedding(shape[-1]) if leaf.transposed is False and shape else RMS()
-    return Use(leaf.name, f"Tokens({_sides(shape)})", norm, around, SHARE)
+        return Use(leaf.name, f"Bias({_sides(shape)})", norm, captured.peaks[node.name] if head else around, SHARE)
+    if name in PRODUCTS - {"mul", "multiply"} and len(shape) >= 2:
+        norm = _contracted(node, place, shape) if name == "einsum" and leaf.transposed is False else Frobenius()
+        return Use(leaf.name, f"Linear({_sides(shape)})", norm, 1.0, 0.0)
+    own = captured.nodes[next(node for node, name in captured.parameters.items() if name == leaf.name)].shape or ()
+    norm = RowNorm.of_embedding(own[-1]) if own[-1:] == shape[-1:] and own else RMS()
+    return Use(leaf.name, f"Tokens({_sides(own)})", norm, around, SHARE)
+
+
+def _contracted(node: Node, place: Any, shape: tuple[int, ...]) -> Norm:
+    """Of an operand of ``einsum``: spectral where its last two indices are one that is summed over and one that stays."""
+    terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
+    operands = terms.split(",")
+    index = place[1] if isinstance(place, tuple) else 0
+    if not result or "." in terms or index >= len(operands) or len(operands[index]) != len(shape):
+        return Frobenius()
+    first, second = operands[index][-2:]
+    others = "".join(operands[:index] + operands[index + 1 :])
+    # [..., out, in]: the input's index is summed over, the output's is its own
+    if first in result and first not in others and second in others and second not in result:
+        return Spectral()
+    if second in result and second not in others and first in others and first not in result:
+        return Transposed(Spectral())
+    return Frobenius()
 
 
 def _sides(shape: tuple[int, ...]) -> str:
     return ", ".join(map(str, shape)) or "1"
 
 
-def _matrix(node: fx.Node, name: str, place: int, leaf: Leaf, shape: tuple[int, ...], head: bool) -> Use:
+def _matrix(node: Node, name: str, place: int, leaf: Leaf, shape: tuple[int, ...], head: bool) -> Use:
     """A matrix that multiplies from the right lies as [i, o], but in ``linear``."""
     right = place == max(MATRICES[name]) and name != "linear"
     out, fan = (shape[-1], shape[-2]) if right else (shape[-2], shape[-1])
-    parts = 1 if head or len(shape) > 2 else fused_parts(node, out)
+    parts = 1 if head or len(shape) > 2 or node.shape is None or node.shape[-1] != out else node.fused
     kind = f"Linear({'Logits(' * head}{out}{')' * head}, {fan})" + (f" in {parts} parts" if parts > 1 else "")
     if leaf.transposed is None:
         return Use(leaf.name, kind, Spectral() if len(shape) > 2 else RMS(), 1.0, 0.0)
@@ -272,17 +288,15 @@ def _matrix(node: fx.Node, name: str, place: int, leaf: Leaf, shape: tuple[int, 
     return Use(leaf.name, kind, Transposed(norm) if right != leaf.transposed else norm, 1.0, 0.0)
 
 
-def _convolution(node: fx.Node, name: str, shape: tuple[int, ...]) -> Any:
+def _convolution(node: Node, name: str, shape: tuple[int, ...]) -> Any:
     """The atom with this kernel."""
-    given = dict(_named(node))
     dims = len(shape) - 2
-    transposed = "transpose" in name or bool(given.get("transposed", False))
-    groups = given.get("groups", 1)
+    transposed = "transpose" in name or bool(node.named("transposed", False))
+    groups = node.named("groups", 1)
     fans = (shape[1] * groups, shape[0]) if transposed else (shape[0], shape[1] * groups)
     layer = getattr(convolution, f"Conv{'Transpose' * transposed}{dims}d")
-    padding = given.get("padding", 0)
-    options = {"stride": given.get("stride", 1), "dilation": given.get("dilation", 1), "padding": padding}
-    settings = {key: _one(value) for key, value in options.items() if not isinstance(value, str)}
+    options = {what: node.named(what, default) for what, default in (("stride", 1), ("dilation", 1), ("padding", 0))}
+    settings = {what: _one(value) for what, value in options.items() if not isinstance(value, str)}
     return layer(*fans, _one(shape[2:]), groups=groups, **settings)
 
 
@@ -291,37 +305,6 @@ def _one(values: Any) -> Any:
     if isinstance(values, int):
         return values
     return values[0] if len(set(values)) == 1 else tuple(values)
-
-
-def _named(node: fx.Node) -> Iterator[tuple[str, Any]]:
-    schema = node.target._schema  # pyright: ignore
-    yield from zip((argument.name for argument in schema.arguments), node.args, strict=False)
-    yield from node.kwargs.items()
-
-
-def fused_parts(node: fx.Node, features: int) -> int:
-    """n where the features that a linear map gives are split into n equal runs before anything is done with them; else 1.
-
-    Found by sending the features' numbers, instead of activations, through the views and splits that follow.
-    """
-    shape = tuple(node.meta["val"].shape)
-    if shape[-1] != features or any(not isinstance(side, int) for side in shape):
-        return 1
-    numbers: dict[fx.Node, Any] = {node: torch.arange(features).expand(shape)}
-    ends = []
-    for later in node.graph.nodes:
-        reached = [argument for argument in later.all_input_nodes if argument in numbers]
-        if not reached or later.op != "call_function":
-            continue
-        if operator_name(later) in VIEWS | PARTS and reached == later.all_input_nodes == [later.args[0]]:
-            numbers[later] = later.target(numbers[reached[0]], *later.args[1:], **later.kwargs)  # pyright: ignore
-        else:
-            ends += [numbers[argument] for argument in reached]
-    runs = {tuple(end.unique().tolist()) for end in ends if isinstance(end, Tensor)}
-    sizes = {len(run) for run in runs}
-    disjoint = sorted(number for run in runs for number in run) == list(range(features))
-    connected = all(run[-1] - run[0] + 1 == len(run) for run in runs)
-    return len(runs) if len(sizes) == 1 and disjoint and connected else 1
 
 
 def size_of(norm: Norm, value: Tensor) -> float:
@@ -343,12 +326,11 @@ def size_of(norm: Norm, value: Tensor) -> float:
 
 
 def declared(
-    captured: Captured, uses_: Mapping[tuple[fx.Node, fx.Node], Use], values: Mapping[str, Tensor]
-) -> tuple[dict[str, Weight], dict[tuple[fx.Node, fx.Node], float]]:
+    uses_: Mapping[tuple[str, str], Use], values: Mapping[str, Tensor]
+) -> tuple[dict[str, Weight], dict[tuple[str, str], float]]:
     """Each parameter's declaration by its first use, and what its size is multiplied with in each use.
 
     Args:
-        captured: the model.
         uses_: as ``uses`` found them.
         values: the parameters; what does not require a gradient has mass 0.
     """
