@@ -34,17 +34,21 @@ TRACED = (
 NAMES = {str(FOLDER / f"{name}.py"): name for name in TRACED}
 WRITING = ("record", "journal", "files")
 
+WRITE = "file.write("
+"""How the lines begin that write."""
+
 Place = tuple[str, int]
 """A file's name and the line in it."""
 
 
 def torn(frame: Any) -> None:
-    """What a kill inside a write leaves: half of what was to be written."""
-    file = frame.f_locals.get("file")
-    content = frame.f_locals.get("content", getattr(frame.f_locals.get("self"), "_waiting", None))
-    if isinstance(content, bytes) and file is not None and not file.closed:
-        file.write(content[: len(content) // 2])
-        file.flush()
+    """What a kill inside a write leaves: half of what was to be written, where it was to be. Elsewhere nothing is written."""
+    if not source((NAMES[frame.f_code.co_filename], frame.f_lineno)).startswith(WRITE):
+        return
+    file, own = frame.f_locals["file"], frame.f_locals.get("self")
+    content = frame.f_locals["content"] if own is None else own._waiting
+    file.write(content[: len(content) // 2])
+    file.flush()
 
 
 class Lines:

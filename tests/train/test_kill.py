@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from faults import WRITING, Lines, command, counted, differences, forked, source, spread
+from faults import WRITE, WRITING, Lines, command, counted, differences, forked, source, spread
 from modula_agd.command_line import main
 from modula_agd.train import command_line
 
@@ -41,7 +41,7 @@ def killed(folder: Path, points: int, seed: int = 0) -> tuple[int, list[str]]:
     places = counted(whole, folder)
     everywhere = range(len(places))
     # where half of what is to be written will be there, where files are written, and anywhere
-    torn = [index for index in everywhere if source(places[index]).startswith("file.write(")]
+    torn = [index for index in everywhere if source(places[index]).startswith(WRITE)]
     writing = [index for index in everywhere if places[index][0] in WRITING and index not in torn]
     others = [index for index in everywhere if places[index][0] not in WRITING]
     chosen = spread(points // 6, torn)
