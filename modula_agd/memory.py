@@ -7,7 +7,8 @@
 * "direction": u of p's shape, where one direction serves several steps;
 * "average": w̄ of p's shape, where weights are averaged; float32 for half precision.
 
-``param_groups[0]["agd"]``: "format", the numbers of ``State`` by their names, and "buffers", the averaged running statistics by name.
+``param_groups[0]["agd"]``: "format", the numbers of ``State`` by their names, "buffers", the averaged running statistics by name, and
+"measured", what the capture of a model in plain ``torch.nn`` measured.
 Tensors of the weights' shapes are in the first place alone, so that what shards parameters can shard them alike.
 """
 
@@ -139,6 +140,14 @@ def read(
     return mine, _groups(theirs, groups, numbers, like)
 
 
+def measured(saved: object) -> Tensor | None:
+    """What the capture of a model measured, in a saved state; None of another network's."""
+    theirs = _list_of_groups(saved)
+    numbers = theirs[0].get("agd") if theirs else None
+    found = numbers.get("measured") if isinstance(numbers, Mapping) else None
+    return found if isinstance(found, Tensor) and found.ndim == 1 else None
+
+
 def _list_of_groups(saved: object) -> list[Any]:
     groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
@@ -213,5 +222,6 @@ def _groups(
     buffers = {
         name: value.detach().to(here["t"].device, copy=True) for name, value in numbers.get("buffers", {}).items()
     }
-    fresh[0]["agd"] = {"format": FORMAT, **told, "buffers": buffers}
+    seen = {key: numbers[key].detach().to("cpu", copy=True) for key in ("measured",) if key in numbers}
+    fresh[0]["agd"] = {"format": FORMAT, **told, "buffers": buffers, **seen}
     return fresh

@@ -1,6 +1,7 @@
 """The ``torch.optim.Optimizer`` face of the engine, for training loops in the usual style."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from modula_agd import memory
 from modula_agd.accumulation import MicroBatches
 from modula_agd.agd import agd
-from modula_agd.bridge.bridged import from_torch
+from modula_agd.bridge.bridged import Bridged, from_torch
 from modula_agd.error import InvalidArgument
 from modula_agd.explanation import Explanation, explain, scalars
 from modula_agd.grouped import Now, Rates
@@ -40,6 +41,7 @@ class AGD(Lending):
         loss: what is minimised, or a ``Method`` built beforehand.
         example_inputs: a batch as the model's forward takes it (a tensor, a tuple, or a dictionary of named arguments), for a model
             in plain ``torch.nn``: it is captured by ``from_torch``, once, here.
+        output: which of that model's outputs the loss is taken of, as for ``from_torch``.
         groups: parameters to train, as torch's optimizers take them: tensors, pairs of name and tensor, names, or dictionaries with
             "params" and an "lr" of their own. All of the network's by default.
         averaging: whether to keep averaged weights (one buffer of the weights' size), for ``averaged()``; by default where there
@@ -56,7 +58,7 @@ class AGD(Lending):
         InvalidArgument: an option is none of ``agd``, or does not go with another.
     """
 
-    _own = (*Lending._own, "_outside", "_micro", "_replicas", "_exchange")
+    _own = (*Lending._own, "_outside", "_frozen", "_micro", "_replicas", "_exchange")
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class AGD(Lending):
         groups: Iterable[Any] | None = None,
         *,
         example_inputs: Any = None,
+        output: str | int | Callable[[Any], Tensor] | None = None,
         averaging: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
@@ -79,7 +82,7 @@ class AGD(Lending):
                     f"AGD was given example_inputs and {type(loss).__name__}. They are for AGD to capture the model and build the method: "
                     "pass a loss of modula_agd such as CrossEntropy(), or leave them out with a ready method."
                 )
-            network = from_torch(unwrapped(model), example_inputs, scores=loss.max_norm)
+            network = from_torch(unwrapped(model), example_inputs, output=output, scores=loss.max_norm)
             ready = agd(network, loss, **options)  # pyright: ignore
         self._inner = holder(model, ready)
         network = self._inner.network if isinstance(self._inner, TorchModule) else None
@@ -104,6 +107,7 @@ class AGD(Lending):
         self._replicas = data_parallel(model)
         self._exchange = exchange_of(params, self._replicas, share_directions)
         self._outside = outside(model, self._inner, self.method.atoms)
+        self._frozen = [name for name, atom in self.method.atoms.items() if getattr(atom, "frozen", False)]
         self._now, self._micro = Now(), MicroBatches()
         start = self.method.init(params)._asdict()
         if groups is not None:
@@ -112,7 +116,23 @@ class AGD(Lending):
         super().__init__(groups or [{"params": list(params.items())}], {"lr": 1.0})
         buffers = {name: value.clone() for name, value in self._statistics().items()} if self.averaging else {}
         numbers = {name: start[name].clone() for name in memory.NUMBERS}
-        self.param_groups[0]["agd"] = {"format": memory.FORMAT, **numbers, "buffers": buffers}
+        seen = {"measured": self.method.network.measured()} if isinstance(self.method.network, Bridged) else {}
+        self.param_groups[0]["agd"] = {"format": memory.FORMAT, **numbers, "buffers": buffers, **seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned, whole or not at all; micro-batches that were being accumulated are given up.
+
+        A captured model goes on with what was measured when the state was saved.
+
+        Raises:
+            InvalidArgument: the state is another optimizer's, another network's or a newer version's.
+        """
+        network, measured = self.method.network, memory.measured(state_dict)
+        if isinstance(network, Bridged) and measured is not None:
+            network = network.with_measured(measured)
+        super().load_state_dict(state_dict)
+        if network is not self.method.network:
+            self.method = replace(self.method, network=network, _plans={})
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -183,6 +203,12 @@ class AGD(Lending):
             raise InvalidArgument(
                 f"step() met gradients of {', '.join(odd)}, which the network does not know and AGD would leave as they are. Compose them "
                 "into the network, freeze them, or pass AGD the part of the model that it trains and give these to another optimizer."
+            )
+        trapped = [name for name in self._frozen if name in trained and trained[name].grad is not None]
+        if trapped:
+            raise InvalidArgument(
+                f"step() met gradients of {', '.join(trapped)}, which required none when the model was captured, and are a fixed part of "
+                "the network since. Build AGD anew after unfreezing, or capture first and freeze then."
             )
         self._follow()
         before, params = _held(self.current), {name: local(parameter) for name, parameter in whole.items()}

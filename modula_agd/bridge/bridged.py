@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
 
 from modula_agd.bound import Bound
 from modula_agd.bridge.capture import Captured, arguments, capture, chosen
@@ -109,6 +110,33 @@ class Bridged(Network):
     def massed(self, masses: Mapping[str, float], path: str = "") -> Self:
         changed = {name: weight.with_mass(masses.get(name, weight.mass)) for name, weight in self.declarations.items()}
         return replace(self, declarations=changed)
+
+    def measured(self) -> Tensor:
+        """All that the capture measured, as numbers in a fixed order, [n] in double precision: what a checkpoint must keep."""
+        sizes = [number for weight in self.declarations.values() for number in (weight.size, weight.floor)]
+        seen = [*self.captured.magnitudes.values(), *self.captured.peaks.values()]
+        return torch.tensor([*sizes, *self.ratios.values(), *tree_leaves(seen)], dtype=torch.float64)
+
+    def with_measured(self, numbers: Tensor) -> Self:
+        """The same network with what another capture of it measured.
+
+        Raises:
+            InvalidArgument: the numbers are not those of this network.
+        """
+        if numbers.shape != self.measured().shape:
+            raise InvalidArgument(
+                f"{numbers.numel()} measurements of a captured model were to go with {self!r}, which has {self.measured().numel()}. They "
+                "are of another model, or of another version of torch; start the optimizer anew."
+            )
+        left = iter(numbers.tolist())
+        weights = {name: replace(w, size=next(left), floor=next(left)) for name, w in self.declarations.items()}
+        ratios = {use: next(left) for use in self.ratios}
+        seen = [
+            {name: tree_map(lambda _: next(left), value) for name, value in values.items()}
+            for values in (self.captured.magnitudes, self.captured.peaks)
+        ]
+        captured = replace(self.captured, magnitudes=seen[0], peaks=seen[1])
+        return replace(self, captured=captured, declarations=weights, ratios=ratios)
 
     def parameters(self) -> dict[str, Tensor]:
         """The model's parameters that reach its output, by name."""

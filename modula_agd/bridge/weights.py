@@ -82,6 +82,7 @@ class Weight:
         size: ω.
         floor: the least ω where sizes are tracked.
         mass: its share of a step; 0 where it is frozen.
+        frozen: whether it required no gradient when the model was captured.
     """
 
     kind: str
@@ -90,6 +91,7 @@ class Weight:
     size: float
     floor: float
     mass: float = 1.0
+    frozen: bool = False
 
     def draw(self, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor:
         """A random weight of its size; biases are zero."""
@@ -343,8 +345,9 @@ def declared(
             measured = size_of(use.norm, value)
             size = max(measured, use.least * use.natural) or use.natural
             floor = use.least * use.natural if use.least else 0.01 * size
-            mass = 1.0 if values[use.name].requires_grad else 0.0
-            first = found[use.name] = Weight(use.kind, tuple(value.shape), use.norm, size, floor, mass)
+            frozen = not values[use.name].requires_grad
+            first = Weight(use.kind, tuple(value.shape), use.norm, size, floor, float(not frozen), frozen)
+            found[use.name] = first
         same = first.norm == use.norm
         own = 1.0 if same else size_of(use.norm, value) / max(size_of(first.norm, value), 1e-30)
         ratios[node, argument] = own if own > 0 else 1.0
