@@ -13,6 +13,7 @@ from modula_agd.accumulation import MicroBatches
 from modula_agd.agd import agd
 from modula_agd.bridge.bridged import Bridged, from_torch
 from modula_agd.error import InvalidArgument
+from modula_agd.exchange import ALONE
 from modula_agd.explanation import Explanation, explain, scalars
 from modula_agd.grouped import Now, Rates
 from modula_agd.held_out import renewed
@@ -106,6 +107,7 @@ class AGD(Lending):
             )
         self._replicas = data_parallel(model)
         self._exchange = exchange_of(params, self._replicas, share_directions)
+        self._agree(next(iter(params.values())).device)
         self._outside = outside(model, self._inner, self.method.atoms)
         self._frozen = [name for name, atom in self.method.atoms.items() if getattr(atom, "frozen", False)]
         self._now, self._micro = Now(), MicroBatches()
@@ -118,6 +120,14 @@ class AGD(Lending):
         numbers = {name: start[name].clone() for name in memory.NUMBERS}
         seen = {"measured": self.method.network.measured()} if isinstance(self.method.network, Bridged) else {}
         self.param_groups[0]["agd"] = {"format": memory.FORMAT, **numbers, "buffers": buffers, **seen}
+
+    def _agree(self, device: torch.device) -> None:
+        """Let ranks that captured a model on examples of their own go by the mean of what they measured."""
+        network = self.method.network
+        if isinstance(network, Bridged) and self._exchange is not ALONE:
+            mine = network.measured().to(device)
+            agreed = self._exchange.means({"measured": mine})["measured"]
+            self.method = replace(self.method, network=network.with_measured(agreed), _plans={})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, whole or not at all; micro-batches that were being accumulated are given up.

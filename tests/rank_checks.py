@@ -37,6 +37,8 @@ from modula_agd import (
     ReLU,
     SquareLoss,
     Tanh,
+    agd,
+    from_torch,
 )
 from modula_agd.distributed import ManyRanks
 from modula_agd.torch_module import TorchModule
@@ -144,6 +146,28 @@ def the_module_inside_ddp_will_do() -> None:
         train(model, optimizer, data, shares)
         same_weights(model.module, reference)
         same_on_every_rank(model.module)
+
+
+def a_captured_model_is_the_same_on_every_rank() -> None:
+    for sharing in (None, False):
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        example = (1.0 + dist.get_rank()) * torch.randn(8, 6, dtype=torch.float64)
+        model = DistributedDataParallel(plain)
+        optimizer = AGD(model, LOSS, example_inputs=example, share_directions=sharing)
+        train(model, optimizer, batches(WIDE, 3), shares)
+        same_on_every_rank(plain)
+        measured = optimizer.method.network.measured()  # pyright: ignore
+        found = [torch.empty_like(measured) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, measured)
+        assert all(torch.equal(x, measured) for x in found)
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    method = agd(from_torch(plain, example), LOSS)
+    fully_shard(plain)
+    optimizer = AGD(plain, method)
+    losses = train(plain, optimizer, batches(WIDE, 6), shares)
+    assert losses[-1] < losses[0]
 
 
 def one_rank_makes_each_direction() -> None:
@@ -464,6 +488,7 @@ CHECKS: dict[str, tuple[Callable[..., None], ...]] = {
     "two": (
         ddp_equals_one_process,
         the_module_inside_ddp_will_do,
+        a_captured_model_is_the_same_on_every_rank,
         one_rank_makes_each_direction,
         accumulation_without_reduction,
         a_certified_step_takes_the_evidence_of_all_ranks,
