@@ -6,7 +6,8 @@ It knows no layer and no loss by name. One update:
 2. the search minimises the majorant (``majorisation.py``), which gives one number t;
 3. each weight moves by −t·m_k·ω_k·u_k.
 
-On minibatches the direction and its descent are told apart (``held_out.py``).
+On minibatches the direction and its descent are told apart (``held_out.py``), and the bound is as curved as past steps found the
+loss (``curvature.py``).
 
 All scalars stay on the device, so that a step waits for nothing.
 """
@@ -21,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from modula_agd.bound import Bound, Number
+from modula_agd.curvature import curvature, looked_back
 from modula_agd.device import precise
 from modula_agd.directions import directions, due, period
 from modula_agd.error import InvalidArgument, UnknownBound
@@ -97,6 +99,7 @@ class Method:
     decay: float = 0.0
     relaxation: float = 1.0
     precision: Literal["auto", "full", "half"] = "auto"
+    curvature: Literal["measured", "declared"] = "declared"
     _plans: dict[torch.device, Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -108,6 +111,11 @@ class Method:
     def masses(self) -> dict[str, float]:
         """m_k of each parameter."""
         return {name: atom.mass for name, atom in self.atoms.items()}
+
+    @property
+    def measures(self) -> bool:
+        """Whether the bound's curvature is replaced by what was measured along the steps taken."""
+        return self.curvature == "measured"
 
     @property
     def needs_evidence(self) -> bool:
@@ -176,6 +184,9 @@ class Method:
             realised=zero,
             wander=zero,
             told=zero,
+            due=zero,
+            fallen=zero,
+            expected=zero,
             momentum={},
             directions={},
         )
@@ -262,7 +273,7 @@ class Method:
         good = ends.isfinite().all() if masked else None
         momentum = renewed(state.momentum, gradients, part * (1 - self.momentum), good)
         # a direction kept from before would not have seen what was just absorbed
-        return state._replace(momentum=momentum, directions={})
+        return self._looked_back(gradients, state)[0]._replace(momentum=momentum, directions={})
 
     def share(self, state: State, part: float) -> float:
         """What a fresh gradient of a part of the samples counts for in the momentum; at the first step parts count alike."""
@@ -285,8 +296,11 @@ class Method:
         device = next(iter(params.values())).device
         zero = torch.zeros((), device=device, dtype=precise(device))
         gradients = self._gradients(grads)
+        state, left = self._looked_back(gradients, state)
         directions, kept = self._directions(gradients, state, device)
-        descents = {name: direction.pair(gradients[name]) for name, direction in directions.items()}
+        # a direction that serves on was measured already
+        serving = {name for name, direction in directions.items() if direction.base is state.directions.get(name)}
+        descents = {n: left[n] if n in serving & left.keys() else d.pair(gradients[n]) for n, d in directions.items()}
         pairs = torch.stack([descents.get(name, zero) for name in self.atoms])
 
         sizes = self._sizes(params, device)
@@ -301,8 +315,8 @@ class Method:
         if self.momentum is not None:
             # a zero gradient means a zero step of its weight, whatever the past says
             reach = reach * (pairs != 0)
-        majorant = self._majorant(usable.clamp(min=0.0), sizes, device, evidence)
-        best = self.search.minimum(majorant)
+        majorant, factor = self._majorant(usable.clamp(min=0.0), sizes, device, evidence), curvature(state)
+        best = self.search.minimum(majorant.curved(factor) if self.measures else majorant)
         t = self.relaxation * best.t
         # sizes or magnitudes near the ends of the number range can overflow on the way to a step, in the weights' precision too
         finite = finite & t.float().isfinite()
@@ -324,6 +338,7 @@ class Method:
             weight=weight,
             clock=state.clock + 1,
             directions=kept,
+            due=torch.where(finite, self.relaxation * majorant.descent / factor, 0.0),
             **forecast(state, told),
         )
         amounts = dict(zip(self.atoms, (-t * reach).unbind(), strict=True))
@@ -354,10 +369,11 @@ class Method:
         places = {name: index for index, name in enumerate(self.atoms)}
         lasting = {name for name in gradients if periods[name] > 1 and self.momentum is not None}
         clock = int(state.clock) if lasting else 0
+        held = set(gradients) if self.measures else lasting
         old = {name for name in lasting & state.directions.keys() if not due(clock, places[name], periods[name])}
         sources = {name: state.momentum.get(name, gradients[name]) for name in gradients if name not in old}
         fresh = directions(self.norms, sources, half=self._half(sources, device))
-        kept = {name: fresh[name].dense() for name in fresh if name in lasting} | {n: state.directions[n] for n in old}
+        kept = {name: fresh[name].dense() for name in fresh if name in held} | {n: state.directions[n] for n in old}
         # what is kept for a parameter without a gradient this time stays
         kept = {name: value for name, value in state.directions.items() if name not in kept} | kept
         one = torch.ones((), device=device)
@@ -365,6 +381,16 @@ class Method:
         if self.momentum is not None:
             found = {name: direction.where(gradients[name]) for name, direction in found.items()}
         return found, kept
+
+    def _looked_back(self, gradients: Mapping[str, Tensor], state: State) -> tuple[State, dict[str, Scalar]]:
+        """The state with the curvature along the last step counted in, and ⟨g, u⟩ of each gradient with the direction of that step."""
+        if not self.measures or not state.directions:
+            return state, {}
+        one, zero = torch.ones_like(state.t), torch.zeros_like(state.t)
+        left = {n: Direction(u, one).pair(gradients[n]) for n, u in state.directions.items() if n in gradients}
+        pairs = torch.stack([left.get(name, zero) for name in self.atoms])
+        reach = state.sizes * self._plan(state.t.device).masses
+        return state._replace(**looked_back(state, pairs, reach)), left
 
     def _half(self, sources: Mapping[str, Tensor], device: torch.device) -> bool:
         """Whether polar factors are iterated in bfloat16; "auto": where that is what an accelerator is fast at."""
@@ -488,6 +514,8 @@ class Method:
             how = f"which decay sees to while steps are below {1 / self.decay:g} of a weight" if self.decay >= 1 else ""
             what = "prescribed sizes: weight norms stay at most at their declared values"
             bound = bound.assuming(", ".join(filter(None, (what, how))))
+        if self.measures:
+            bound = bound.assuming("measured curvature: the loss stays as curved along steps as the last ones found it")
         if self.relaxation != 1:
             bound = bound.assuming(
                 f"relaxation: the loss bears steps of {self.relaxation:g} times the majorant's minimiser"

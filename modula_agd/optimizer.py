@@ -201,7 +201,7 @@ class AGD(torch.optim.Optimizer):
                     name: torch.where(move.finite, value, before.momentum.get(name, torch.zeros_like(value)))
                     for name, value in momentum.items()
                 }
-        self.current = move.state._replace(momentum=momentum)
+        self.current = move.state._replace(momentum=momentum, due=multiplier * move.state.due)
         self._renew_average()
 
     def _gathered(self, params: dict[str, Tensor]) -> tuple[dict[str, Tensor | None], State, float]:

@@ -31,7 +31,7 @@ ROWS = (
     ("layer", "loss"),
     ("wiring",),
     ("atom", "attention", "bond", "convolution", "dropout", "normalisation", "pooling", "position"),
-    ("averaging", "compound", "directions", "forecast", "majorisation"),
+    ("averaging", "compound", "curvature", "directions", "forecast", "majorisation"),
     ("convnet", "inspection", "transformer"),
     ("method",),
     ("agd", "explanation"),
