@@ -7,7 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from modula_agd import AGD, MLP, CrossEntropy, ExactGrowth, InvalidArgument, Linear, Logits, Method, SquareLoss, Tanh, agd
+from modula_agd import (
+    AGD,
+    MLP,
+    CrossEntropy,
+    ExactGrowth,
+    InvalidArgument,
+    Linear,
+    Logits,
+    Method,
+    SquareLoss,
+    Tanh,
+    agd,
+)
 from modula_agd.curvature import LEAST, MEMORY, MOST, curvature
 from modula_agd.held_out import OUTLIER
 from modula_agd.train import task
@@ -83,9 +95,7 @@ def test_on_a_quadratic_the_slope_used_up_is_the_second_derivative_along_the_ste
     t, due = float(state.t), float(state.due)
     # ½·mean (u·x)², twice differentiated along u
     second = float((inputs @ state.directions["weight"].T).square().mean())
-    _, after = method.update(
-        gradients(method, moved(params, updates), inputs, targets), state, moved(params, updates)
-    )
+    _, after = method.update(gradients(method, moved(params, updates), inputs, targets), state, moved(params, updates))
     assert float(after.expected) == pytest.approx(due)
     assert float(after.fallen) == pytest.approx(MEMORY * due + (1 - MEMORY) * t * second)
 
@@ -137,10 +147,10 @@ def plain(depth: int, steps: int, **options) -> list[float]:
     return values
 
 
-def test_steps_that_a_declared_curvature_lets_run_away_are_held() -> None:
-    measured, declared = (plain(12, 150, curvature=kind, relaxation=2.0) for kind in ("measured", "declared"))
-    assert sum(measured[-20:]) / 20 < 0.5
-    assert sum(declared[-20:]) / 20 > 1
+def test_deep_plain_networks_get_the_steps_that_they_bear() -> None:
+    """At twice the minimiser the declared bound lets weights outgrow their sizes: it stands at the tenfold loss, or more."""
+    measured, declared = (plain(12, 200, curvature=kind, relaxation=2.0) for kind in ("measured", "declared"))
+    assert sum(measured[-20:]) < sum(declared[-20:]) / 4
 
 
 def test_a_multiplier_is_expected_to_use_up_as_much_more() -> None:

@@ -88,7 +88,9 @@ def test_a_step_goes_the_stated_multiple_of_the_minimiser() -> None:
         assert float(updates["0.weight"].norm()) > 0
     assert steps[2.0] == pytest.approx(2 * steps[1.0])
     assert agd(NET, SquareLoss()).relaxation == 1.5
-    assert agd(NET, SquareLoss(), momentum=None).relaxation == agd(NET, SquareLoss(), curvature="declared").relaxation == 1
+    assert (
+        agd(NET, SquareLoss(), momentum=None).relaxation == agd(NET, SquareLoss(), curvature="declared").relaxation == 1
+    )
 
 
 @pytest.mark.parametrize(
