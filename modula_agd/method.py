@@ -453,7 +453,7 @@ class Method:
             scalars = precise(device)
             sizes = torch.tensor([atom.size for atom in self.atoms.values()], device=device, dtype=scalars)
             masses = torch.tensor(list(self.masses.values()), device=device, dtype=scalars)
-            # on an accelerator polar factors are cheap, and a second weight-sized buffer is not
+            # on an accelerator polar factors are cheap
             refresh = self.refresh if self.refresh is not None or device.type == "cpu" else 1
             periods = {name: period(self.norms[name], atom.shape, refresh) for name, atom in self.atoms.items()}
             self._plans[device] = Plan(*self._evaluate({}, self.magnitude, device), sizes, masses, periods)
