@@ -14,6 +14,9 @@ from modula_agd.space import finite
 MOMENTUM = 0.95
 """β where nothing else is asked for: the first prototype's; 0.9 and 0.98 were behind where they were tried (docs/benchmarks.md)."""
 
+RELAXATION = 1.5
+"""Multiple of the minimiser where curvature is measured: halfway between the least loss along a step, by a quadratic, and no fall."""
+
 
 def agd(
     network: Network,
@@ -29,8 +32,9 @@ def agd(
     smoothing: float | Literal["auto"] = "auto",
     refresh: int | Literal["auto"] = "auto",
     decay: float = 0.0,
-    relaxation: float = 1.0,
+    relaxation: float | Literal["auto"] = "auto",
     precision: Literal["auto", "full", "half"] = "auto",
+    curvature: Literal["auto", "measured", "declared"] = "auto",
 ) -> Method:
     """A method without a learning rate, derived from what the network and the loss declare.
 
@@ -53,10 +57,12 @@ def agd(
             on a CPU; a number above 1 cuts the graph of compiled code.
         decay: λ ≥ 0, relative weight decay: a weight of norm ω loses λ·m·t of itself while it moves by m·t·ω, so that its norm
             tends to at most size/λ. Counted in the growth, which the step is then shorter by.
-        relaxation: multiple > 0 of the majorant's minimiser that a step goes. Above 1 it is assumed, not derived, that the loss bears
-            it: 2 trains the networks of the study faster, and some deep plain ones not at all (docs/benchmarks.md).
+        relaxation: multiple > 0 of the majorant's minimiser that a step goes; "auto" is 1.5 where curvature is measured, else 1.
+            Above 1 it is assumed, not derived, that the loss bears it.
         precision: in which polar factors are iterated: "half" is bfloat16, whatever the weights; "full" float32, or float64 of
             such weights. "auto" is half on CUDA, but for float64, and full elsewhere.
+        curvature: of the loss bound: "measured", as past steps found it (``curvature.py``), which keeps each weight's last direction
+            (one more buffer of its size), or "declared". "auto" is measured where there is momentum.
 
     Raises:
         InvalidArgument: an option is unknown, or contradicts the search.
@@ -82,6 +88,7 @@ def agd(
         ("constants", constants, ("typical", "proved")),
         ("nonfinite", nonfinite, ("raise", "skip")),
         ("precision", precision, ("auto", "full", "half")),
+        ("curvature", curvature, ("auto", "measured", "declared")),
     ):
         if value not in allowed:
             raise InvalidArgument(f"agd was given {what}={value!r}; choose one of {allowed}")
@@ -119,6 +126,14 @@ def agd(
             "a certified search was combined with decay, which raises the loss where it pulls against the gradient. "
             "Leave decay out."
         )
+    if curvature == "measured" and momentum is None:
+        raise InvalidArgument(
+            "agd was given a measured curvature without momentum, where no gradient is fresh to the directions. Leave curvature out."
+        )
+    if curvature == "auto":
+        curvature = "declared" if momentum is None else "measured"
+    if relaxation == "auto":
+        relaxation = RELAXATION if curvature == "measured" else 1.0
     if not (finite(relaxation) and relaxation > 0):
         raise InvalidArgument(f"agd was given relaxation={relaxation!r}, which must be a finite number > 0")
     if relaxation != 1 and search.needs_evidence:
@@ -143,6 +158,7 @@ def agd(
         float(decay),
         float(relaxation),
         precision,
+        curvature,
     )
     method._conversion()
     search.check(network.bound(0.0, magnitude=magnitude, constants=constants))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modula_agd.bound import aligned
+from modula_agd.curvature import curvature
 from modula_agd.error import InvalidArgument
 from modula_agd.exchange import ALONE, Exchange
 from modula_agd.forecast import MEMORY
@@ -67,6 +68,7 @@ class Explanation:
         smoothed: Ŝ, the mean that the step reckoned with.
         depth: D.
         magnitude: a.
+        curvature: κ, measured along the last steps in units of the declared curvature; 1 where it is not measured.
         promised: what the majorant says the last step lowers the loss by, at least.
         predicted: the mean of that over the last hundred steps or so; None where no loss was told.
         realised: the mean of what the loss fell by.
@@ -80,6 +82,7 @@ class Explanation:
     smoothed: float
     depth: float
     magnitude: float
+    curvature: float
     promised: float
     predicted: float | None
     realised: float | None
@@ -122,6 +125,7 @@ class Explanation:
                 f"{self.descent:.4g} on this batch, {self.smoothed:.4g} in the mean that the step reckons with",
             ),
             ("growth", f"depth {self.depth:.4g}, output magnitude {self.magnitude:.4g}"),
+            ("curvature", f"{self.curvature:.3g} of the declared one, along the last steps"),
             ("promised decrease", f"{self.promised:.4g}"),
         ]
         if self.predicted is not None:
@@ -187,6 +191,7 @@ def explain(
         smoothed,
         float(state.depth),
         float(state.magnitude),
+        float(curvature(state)),
         -float(state.change),
         predicted,
         realised,

@@ -83,7 +83,7 @@ class Grouped(torch.optim.Optimizer):
 
     def _allocate(self, name: str, parameter: Tensor, moves: bool) -> None:
         moves = moves and self.method.masses[name] > 0
-        momentum, lasting = self.method.momentum is not None, self.method.periods(parameter.device)[name] > 1
+        momentum, lasting = self.method.momentum is not None, name in self.method.keeps(parameter.device)
         wanted = {"momentum": momentum, "directions": lasting, "average": self.averaging}
         memory.allocate(self.state[parameter], parameter, {what: moves and wanted[what] for what in wanted})
 

@@ -17,7 +17,7 @@ gradient in the outputs. A *search* picks t; there are three:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ class Majorant:
     t: Float[Tensor, " points"]
     bound: Bound
     loss_bound: Callable[[Number], Number]
-    curvature: float
+    curvature: Number
     descent: Scalar
     residual: Scalar | None = None
 
@@ -74,6 +74,12 @@ class Majorant:
                 )
             value = value + self.residual * a * error
         return value.masked_fill(~value.isfinite(), torch.inf)
+
+    def curved(self, factor: Scalar) -> "Majorant":
+        """The same with a loss bound ``factor`` times as curved."""
+        return replace(
+            self, loss_bound=lambda delta: factor * self.loss_bound(delta), curvature=factor * self.curvature
+        )
 
 
 class Minimum(NamedTuple):

@@ -6,7 +6,8 @@ It knows no layer and no loss by name. One update:
 2. the search minimises the majorant (``majorisation.py``), which gives one number t;
 3. each weight moves by −t·m_k·ω_k·u_k.
 
-On minibatches the direction and its descent are told apart (``held_out.py``).
+On minibatches the direction and its descent are told apart (``held_out.py``), and the bound is as curved as past steps found the
+loss (``curvature.py``).
 
 All scalars stay on the device, so that a step waits for nothing.
 """
@@ -21,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from modula_agd.bound import Bound, Number
+from modula_agd.curvature import curvature, looked_back
 from modula_agd.device import precise
 from modula_agd.directions import due, period
 from modula_agd.error import InvalidArgument, UnknownBound
@@ -35,7 +37,7 @@ from modula_agd.norm import Direction, Norm, wide
 from modula_agd.run import Constants, Weighted
 from modula_agd.space import Space, brief
 from modula_agd.space import finite as finite_number
-from modula_agd.state import Scalar, State
+from modula_agd.state import WEIGHT_SIZED, Scalar, State
 
 
 class Plan(NamedTuple):
@@ -98,6 +100,7 @@ class Method:
     decay: float = 0.0
     relaxation: float = 1.0
     precision: Literal["auto", "full", "half"] = "auto"
+    curvature: Literal["measured", "declared"] = "declared"
     _plans: dict[torch.device, Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -115,10 +118,19 @@ class Method:
         lasting = self._plan(device).periods
         return lasting if self.momentum is not None else dict.fromkeys(lasting, 1)
 
+    def keeps(self, device: torch.device) -> set[str]:
+        """The parameters whose direction is kept after a step: it serves again, or the next gradient is measured along it."""
+        return {name for name, period in self.periods(device).items() if self.measures or period > 1}
+
     @property
     def skips(self) -> bool:
         """Whether a step with a gradient that is not finite is left out."""
         return self.nonfinite == "skip"
+
+    @property
+    def measures(self) -> bool:
+        """Whether the bound's curvature is replaced by what was measured along the steps taken."""
+        return self.curvature == "measured"
 
     @property
     def needs_evidence(self) -> bool:
@@ -171,29 +183,18 @@ class Method:
         plan = self._plan(device)
         zero = torch.zeros((), device=device, dtype=precise(device))
         count = torch.zeros((), device=device, dtype=torch.int64)
-        return State(
-            eta=zero,
-            t=zero,
-            descent=zero,
-            change=zero,
-            magnitude=zero + plan.bound.magnitude,
-            depth=zero + plan.bound.depth,
-            descents=zero.expand(len(self.atoms)).clone(),
-            sizes=plan.sizes,
-            steps=count,
-            skipped=count,
-            smoothed=zero,
-            scale=zero,
-            weight=zero,
-            clock=torch.zeros((), dtype=torch.int64),
-            loss=zero + torch.inf,
-            predicted=zero,
-            realised=zero,
-            wander=zero,
-            told=zero,
-            momentum={},
-            directions={},
-        )
+        numbers = {name: zero for name in State._fields if name not in WEIGHT_SIZED} | {
+            "magnitude": zero + plan.bound.magnitude,
+            "depth": zero + plan.bound.depth,
+            "descents": zero.expand(len(self.atoms)),
+            "sizes": plan.sizes,
+            "steps": count,
+            "skipped": count,
+            "clock": torch.zeros((), dtype=torch.int64),
+            "loss": zero + torch.inf,
+        }
+        # each a tensor of its own, or a compiled update would be compiled again once they are
+        return State(**{name: value.clone() for name, value in numbers.items()}, momentum={}, directions={})
 
     def update(
         self,
@@ -289,7 +290,7 @@ class Method:
             state.momentum, gradients, part * (1 - self.momentum), good, started=self.started(state.momentum, exchange)
         )
         # a direction kept from before would not have seen what was just absorbed
-        return state._replace(momentum=momentum, directions={})
+        return self._looked_back(gradients, state, exchange)[0]._replace(momentum=momentum, directions={})
 
     def share(self, state: State, part: float) -> float:
         """What a fresh gradient of a part of the samples counts for in the momentum; at the first step parts count alike."""
@@ -315,8 +316,11 @@ class Method:
         device = next(iter(params.values())).device
         zero = torch.zeros((), device=device, dtype=precise(device))
         gradients = self._gradients(grads)
+        state, left = self._looked_back(gradients, state, exchange)
         directions, kept = self._directions(gradients, state, device, exchange)
-        descents = {name: direction.pair(gradients[name]) for name, direction in directions.items()}
+        # a direction that serves on was measured already
+        serving = {name for name, direction in directions.items() if direction.base is state.directions.get(name)}
+        descents = {n: left[n] if n in serving & left.keys() else d.pair(gradients[n]) for n, d in directions.items()}
         pairs = torch.stack([descents.get(name, zero) for name in self.atoms])
         shrinking = self._shrinking(gradients, params, device)
         pairs, shrinking = exchange.total(torch.stack((pairs, shrinking))).unbind()
@@ -333,8 +337,8 @@ class Method:
         if self.momentum is not None:
             # a zero gradient means a zero step of its weight, whatever the past says
             reach = reach * (pairs != 0)
-        majorant = self._majorant(usable.clamp(min=0.0), sizes, device, evidence)
-        best = self.search.minimum(majorant)
+        majorant, factor = self._majorant(usable.clamp(min=0.0), sizes, device, evidence), curvature(state)
+        best = self.search.minimum(majorant.curved(factor) if self.measures else majorant)
         t = self.relaxation * best.t
         # sizes or magnitudes near the ends of the number range can overflow on the way to a step, in the weights' precision too
         finite = finite & t.float().isfinite()
@@ -356,6 +360,7 @@ class Method:
             weight=weight,
             clock=state.clock + 1,
             directions=_kept(kept, state.directions, finite if masked else None),
+            due=torch.where(finite, self.relaxation * majorant.descent / factor, 0.0),
             **forecast(state, told),
         )
         amounts = dict(zip(self.atoms, (-t * reach).unbind(), strict=True))
@@ -389,6 +394,7 @@ class Method:
         renews = self.momentum is None or (torch.compiler.is_compiling() and self.refresh is None)
         lasting = {name for name in gradients if periods[name] > 1 and not renews}
         clock = int(state.clock) if lasting else 0
+        held = set(gradients) if self.measures else lasting
         old = {name for name in lasting & state.directions.keys() if not due(clock, places[name], periods[name])}
         sources = {name: state.momentum.get(name, gradients[name]) for name in gradients if name not in old}
         if self.skips:
@@ -396,7 +402,7 @@ class Method:
             started = exchange.nonzero(known)
             sources |= {name: begun(x, gradients[name], started[name]) for name, x in known.items()}
         fresh = exchange.directions(self.norms, sources, half=self._half(sources, device))
-        kept = {name: fresh[name].dense() for name in fresh if name in lasting} | {n: state.directions[n] for n in old}
+        kept = {name: fresh[name].dense() for name in fresh if name in held} | {n: state.directions[n] for n in old}
         # what is kept for a parameter without a gradient this time stays
         kept = {name: value for name, value in state.directions.items() if name not in kept} | kept
         one = torch.ones((), device=device)
@@ -404,6 +410,18 @@ class Method:
         if self.momentum is not None:
             found = exchange.seen(found, gradients)
         return found, kept
+
+    def _looked_back(
+        self, gradients: Mapping[str, Tensor], state: State, exchange: Exchange
+    ) -> tuple[State, dict[str, Scalar]]:
+        """The state with the curvature along the last step counted in, and ⟨g, u⟩ of each gradient with the direction of that step."""
+        if not self.measures or not state.directions:
+            return state, {}
+        one, zero = torch.ones_like(state.t), torch.zeros_like(state.t)
+        left = {n: Direction(u, one).pair(gradients[n]) for n, u in state.directions.items() if n in gradients}
+        pairs = exchange.total(torch.stack([left.get(name, zero) for name in self.atoms]))
+        reach = state.sizes * self._plan(state.t.device).masses
+        return state._replace(**looked_back(state, pairs, reach)), left
 
     def _half(self, sources: Mapping[str, Tensor], device: torch.device) -> bool:
         """Whether polar factors are iterated in bfloat16; "auto": where that is what an accelerator is fast at."""
@@ -465,7 +483,7 @@ class Method:
             scalars = precise(device)
             sizes = torch.tensor([atom.size for atom in self.atoms.values()], device=device, dtype=scalars)
             masses = torch.tensor(list(self.masses.values()), device=device, dtype=scalars)
-            # on an accelerator polar factors are cheap, and a second weight-sized buffer is not
+            # on an accelerator polar factors are cheap
             refresh = self.refresh if self.refresh is not None or device.type == "cpu" else 1
             periods = {name: period(self.norms[name], atom.shape, refresh) for name, atom in self.atoms.items()}
             self._plans[device] = Plan(*self._evaluate({}, self.magnitude, device), sizes, masses, periods)
@@ -524,6 +542,8 @@ class Method:
             how = f"which decay sees to while steps are below {1 / self.decay:g} of a weight" if self.decay >= 1 else ""
             what = "prescribed sizes: weight norms stay at most at their declared values"
             bound = bound.assuming(", ".join(filter(None, (what, how))))
+        if self.measures:
+            bound = bound.assuming("measured curvature: the loss stays as curved along steps as the last ones found it")
         if self.relaxation != 1:
             bound = bound.assuming(
                 f"relaxation: the loss bears steps of {self.relaxation:g} times the majorant's minimiser"

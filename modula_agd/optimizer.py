@@ -261,10 +261,22 @@ class AGD(Lending):
                     name: torch.where(move.finite, value, before.momentum.get(name, torch.zeros_like(value)))
                     for name, value in momentum.items()
                 }
-        self.current = move.state._replace(momentum=momentum)
+        due = move.state.due * self._reached(move, multipliers)
+        self.current = move.state._replace(momentum=momentum, due=due)
         self._now.applied = multipliers
         self._renew_average()
         reshard(self._inner)
+
+    def _reached(self, move: Move, multipliers: Mapping[str, float | Tensor]) -> Tensor | float:
+        """What the step's multipliers make of the slope that it was to use up: their mean, weighed by what each weight gives."""
+        if len({rate if isinstance(rate, float) else id(rate) for rate in multipliers.values()}) <= 1:
+            return next(iter(multipliers.values()), 1.0)
+        masses, given = self.method.masses, move.state.descents * move.state.sizes
+        parts = [(masses[name], multipliers.get(name, 0.0)) for name in self.method.atoms]
+        weights = given.clamp(min=0.0) * given.new_tensor([mass for mass, _ in parts])
+        rates = torch.stack([torch.as_tensor(rate, dtype=given.dtype, device=given.device) for _, rate in parts])
+        total = weights.sum()
+        return torch.where(total > 0, (weights * rates).sum() / torch.where(total > 0, total, 1.0), 1.0)
 
     def _forget(self) -> None:
         self.discard()

@@ -33,8 +33,13 @@ class State(NamedTuple):
         realised: mean of what the loss then fell by, from one batch to the next, times ``told``.
         wander: mean square of that, times ``told``.
         told: the sum of what these three weigh.
+        due: slope that the last step is expected to use up, in units of the declared curvature; 0 where it was left out. The
+            optimizer's multiplier is counted in.
+        fallen: mean of the slope that steps did use up; 0 where curvature is not measured, as is the next.
+        expected: mean of ``due``.
         momentum: m of each parameter that has had a gradient; empty without momentum.
-        directions: u of each parameter whose direction serves several steps; empty where each step makes its own.
+        directions: u of each parameter at the last step, kept where curvature is measured along it or it serves further steps;
+            else empty.
     """
 
     eta: Scalar
@@ -56,6 +61,9 @@ class State(NamedTuple):
     realised: Scalar
     wander: Scalar
     told: Scalar
+    due: Scalar
+    fallen: Scalar
+    expected: Scalar
     momentum: dict[str, Tensor]
     directions: dict[str, Tensor]
 
@@ -64,8 +72,8 @@ WEIGHT_SIZED = ("momentum", "directions")
 """The fields that hold a tensor for each of some parameters."""
 
 
-_NEVER_NEGATIVE = ("steps", "skipped", "scale", "weight", "clock", "wander", "told")
-_FINITE = (*_NEVER_NEGATIVE, "smoothed", "predicted", "realised")
+_NEVER_NEGATIVE = ("steps", "skipped", "scale", "weight", "clock", "wander", "told", "due", "expected")
+_FINITE = (*_NEVER_NEGATIVE, "smoothed", "predicted", "realised", "fallen")
 
 
 def complaint(found: Mapping[str, object], like: State) -> str | None:

@@ -475,7 +475,7 @@ def test_certificates_name_what_they_assume() -> None:
     named = "\n".join(exact.assumptions)
     for part in ("orthogonality", "prescribed sizes", "output norm: 1, typical"):
         assert part in named
-    tracked = agd(Linear(Logits(3), 4), CrossEntropy(), sizes="tracked").certificate()
+    tracked = agd(Linear(Logits(3), 4), CrossEntropy(), sizes="tracked", momentum=None).certificate()
     assert [text.split(":")[0] for text in tracked.assumptions] == ["orthogonality"]
     code = published(Linear(3, 4), UnhalvedSquareLoss()).certificate()
     assert any("curvature of UnhalvedSquareLoss: 1, assumed" in text for text in code.assumptions)

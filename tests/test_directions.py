@@ -118,12 +118,12 @@ def test_kept_directions_equal_a_slow_reference() -> None:
 
 def test_small_matrices_keep_no_direction_and_large_ones_one() -> None:
     net = Linear(8, 130) @ Linear(130, 200) @ Linear(200, 4)
-    method = agd(net, SquareLoss())
+    method = agd(net, SquareLoss(), curvature="declared")
     params = net.init(0)
     grads = {name: torch.randn_like(w) for name, w in params.items()}
     _, state = method.update(grads, method.init(params), params)
     assert set(state.directions) == {"1.weight"}
-    _, alone = agd(net, SquareLoss(), refresh=1).update(grads, method.init(params), params)
+    _, alone = agd(net, SquareLoss(), refresh=1, curvature="declared").update(grads, method.init(params), params)
     assert alone.directions == {}
     _, direct = agd(net, SquareLoss(), momentum=None).update(grads, method.init(params), params)
     assert direct.directions == {}

@@ -31,7 +31,7 @@ ROWS = (
     ("layer", "loss"),
     ("wiring",),
     ("atom", "attention", "bond", "convolution", "dropout", "normalisation", "pooling", "position"),
-    ("averaging", "compound", "directions", "forecast", "majorisation", "shards"),
+    ("averaging", "compound", "curvature", "directions", "forecast", "majorisation", "shards"),
     ("convnet", "exchange", "inspection", "transformer"),
     ("distributed", "method"),
     ("placement",),

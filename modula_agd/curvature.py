@@ -1,0 +1,55 @@
+"""Measured curvature: how fast the slope is used up along the steps that were taken, against what the bound expects.
+
+The next batch's gradient, which a step's direction has not seen either, measures the slope that the step has left:
+
+    s_t = Σ_k m_k·ω_k·⟨g_t, u_t⟩        s′_t = Σ_k m_k·ω_k·⟨g_{t+1}, u_t⟩        κ = mean of s_t − s′_t / mean of e_t
+
+At its minimiser the majorant's own slope is 0: it expects the step to use up Ŝ_t, and with a bound κ times as curved, in units of
+the declared one, e_t = Ŝ_t/κ_t. (A step that a relaxation or a multiplier makes longer is expected to use up more.) So κ is a secant
+estimate of the true curvature in units of the declared one: 1 where the bound tells it exactly, below 1 where it is loose, above 1
+where weights have outgrown their declared sizes. Fresh batches make both slopes unbiased, and in the mean of differences their noise
+nearly cancels, as the gradient that ends one difference begins the next.
+
+The steps t are those of a majorant whose B is multiplied by κ (``Majorant.curved``).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modula_agd.state import Scalar, State
+
+MEMORY = 0.95
+"""Weight of the past in both means: about the last twenty steps."""
+LEAST, MOST = 1 / 2, 16.0
+"""κ is kept between these, and no single step counts for more than MOST. A slope that has not fallen must not send a step to infinity;
+steps that were let grow further did no better by training losses over whole runs (docs/benchmarks.md)."""
+
+
+def curvature(state: State) -> Scalar:
+    """κ: 1 before anything was measured."""
+    known = state.expected > 0
+    ratio = state.fallen / torch.where(known, state.expected, 1.0)
+    return torch.where(known, ratio, 1.0).clamp(LEAST, MOST)
+
+
+def looked_back(state: State, left: Tensor, reach: Tensor) -> dict[str, Any]:
+    """The state's ``fallen`` and ``expected`` with the last step counted in. The very first counts as if κ were 1.
+
+    A step that moved a weight of which the fresh gradient says nothing (or the other way round) is left out, and so is one without
+    an expectation.
+
+    Args:
+        state: before the update, with the last step's ``descents``.
+        left: ⟨g_{t+1}, u_t⟩ of each parameter, 0 where there is no gradient or was no direction.
+        reach: m_k·ω_k of each parameter at the last step.
+    """
+    fall = (reach * (state.descents - left)).sum()
+    comparable = ((state.descents != 0) == (left != 0)).all() & fall.isfinite() & (state.due > 0)
+    share = (1 - MEMORY) * comparable.to(fall.dtype)
+    bound = MOST * state.due
+    fall = torch.where(comparable, torch.minimum(torch.maximum(fall, -bound), bound), 0.0)
+    known = state.expected > 0
+    fallen, expected = (torch.where(known, mean, state.due) for mean in (state.fallen, state.expected))
+    return {"fallen": fallen.lerp(fall, share), "expected": expected.lerp(state.due, share)}

@@ -1,0 +1,232 @@
+"""Measured curvature: the slope that steps use up, against what the declared bound expects."""
+
+import math
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from modula_agd import (
+    AGD,
+    MLP,
+    CrossEntropy,
+    ExactGrowth,
+    InvalidArgument,
+    Linear,
+    Logits,
+    Method,
+    SquareLoss,
+    Tanh,
+    agd,
+)
+from modula_agd.curvature import LEAST, MEMORY, MOST, curvature
+from modula_agd.held_out import OUTLIER
+from modula_agd.train import task
+from support import gaussian
+
+NET = Linear(3, 6) @ Tanh() @ Linear(6, 4)
+BETA = 0.8
+
+
+def batch(seed: int, samples: int = 8) -> tuple[Tensor, Tensor]:
+    return gaussian(samples, 4, seed=seed), gaussian(samples, 3, seed=seed + 1000)
+
+
+def gradients(method: Method, params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    return torch.func.grad(method.objective)(params, inputs, targets)
+
+
+def moved(params: dict[str, Tensor], updates: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight + updates[name] for name, weight in params.items()}
+
+
+def test_thirty_steps_equal_a_slow_reference() -> None:
+    """Written from the formulas alone, with lists of all that was measured."""
+    method = agd(NET, SquareLoss(), momentum=BETA, relaxation=1.5)
+    params = NET.init(0, dtype=torch.float64)
+    state, momentum, directions = method.init(params), {}, {}
+    slopes: list[float] = []
+    counts: list[tuple[float, float]] = []
+    factor, due, clipped = 1.0, 0.0, 0
+    for step in range(30):
+        grads = gradients(method, params, *batch(step))
+        if directions:
+            left = sum(float((grads[name] * u).sum()) for name, u in directions.items())
+            # the first step's expectation stands for a measurement of 1, too
+            counts = counts or [(due, due)]
+            if due > 0:
+                counts.append((max(min(raw - left, MOST * due), -MOST * due), due))
+            ages = [MEMORY ** (len(counts) - 1 - i) * (1 - MEMORY if i else 1.0) for i in range(len(counts))]
+            fallen, expected = (sum(w * x for w, x in zip(ages, xs, strict=True)) for xs in zip(*counts, strict=True))
+            factor = min(max(fallen / expected, LEAST), MOST)
+            clipped += factor != fallen / expected
+        source = momentum or grads
+        directions = {name: atom.norm.direction(source[name]).dense() for name, atom in NET.weights().items()}
+        raw = sum(float((grads[name] * u).sum()) for name, u in directions.items())
+        counted = raw
+        if slopes:
+            weights = [BETA ** (len(slopes) - 1 - i) for i in range(len(slopes))]
+            spread = math.sqrt(sum(w * s * s for w, s in zip(weights, slopes, strict=True)) / sum(weights))
+            counted = max(min(raw, OUTLIER * spread), -OUTLIER * spread)
+        slopes.append(counted)
+        weights = [BETA ** (len(slopes) - 1 - i) for i in range(len(slopes))]
+        smoothed = max(sum(w * s for w, s in zip(weights, slopes, strict=True)) / sum(weights), 0.0)
+        plan = method._plan(torch.device("cpu"))
+        majorant = method._majorant(torch.tensor(smoothed, dtype=torch.float64), plan.sizes, torch.device("cpu"), None)
+        t = 1.5 * float(ExactGrowth().minimum(majorant.curved(torch.tensor(factor, dtype=torch.float64))).t)
+        due = 1.5 * smoothed / factor
+
+        updates, state = method.update(grads, state, params)
+        assert float(curvature(state)) == pytest.approx(factor, rel=1e-9)
+        assert float(state.t) == pytest.approx(t, rel=1e-9)
+        for name, u in directions.items():
+            torch.testing.assert_close(updates[name], -t * u, rtol=1e-8, atol=1e-12)
+        momentum = {n: BETA * momentum[n] + (1 - BETA) * g if momentum else g for n, g in grads.items()}
+        params = moved(params, updates)
+    assert clipped < 25
+
+
+def test_on_a_quadratic_the_slope_used_up_is_the_second_derivative_along_the_step() -> None:
+    net = Linear(3, 4)
+    method = agd(net, SquareLoss())
+    params, (inputs, targets) = net.init(0, dtype=torch.float64), batch(0)
+    updates, state = method.update(gradients(method, params, inputs, targets), method.init(params), params)
+    t, due = float(state.t), float(state.due)
+    # ½·mean (u·x)², twice differentiated along u
+    second = float((inputs @ state.directions["weight"].T).square().mean())
+    _, after = method.update(gradients(method, moved(params, updates), inputs, targets), state, moved(params, updates))
+    assert float(after.expected) == pytest.approx(due)
+    assert float(after.fallen) == pytest.approx(MEMORY * due + (1 - MEMORY) * t * second)
+
+
+def test_the_slope_left_is_unbiased_over_all_minibatches() -> None:
+    """The mean over fresh minibatches of what is counted is the fall of the true slope along the step."""
+    method = agd(NET, SquareLoss(), momentum=BETA)
+    params = NET.init(0, dtype=torch.float64)
+    inputs, targets = batch(0, samples=6)
+    for seed in (1, 2):
+        updates, state = method.update(gradients(method, params, *batch(seed)), method.init(params), params)
+        params = moved(params, updates)
+    whole = gradients(method, params, inputs, targets)
+    truth = float(state.descent) - sum(float((whole[name] * u).sum()) for name, u in state.directions.items())
+    seen = []
+    for rows in combinations(range(6), 2):
+        index = torch.tensor(rows)
+        _, after = method.update(gradients(method, params, inputs[index], targets[index]), state, params)
+        seen.append((float(after.fallen) - MEMORY * float(state.due)) / (1 - MEMORY))
+    assert math.fsum(seen) / len(seen) == pytest.approx(truth, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1 / 4, 4.0])
+def test_weights_of_other_sizes_than_declared_are_found_out(scale: float) -> None:
+    """A weight of another size makes the other's steps that much more, or less, of a change, which prescribed sizes do not see."""
+    net = Linear(3, 6) @ Linear(6, 4)
+    method = agd(net, SquareLoss())
+    params, (inputs, targets) = net.init(0, dtype=torch.float64), batch(0, samples=32)
+    inputs = inputs / inputs.square().mean(1, keepdim=True).sqrt()
+    params = {name: scale * weight for name, weight in params.items()}
+    state = method.init(params)
+    for _ in range(40):
+        updates, state = method.update(gradients(method, params, inputs, targets), state, params)
+        params = moved(params, updates)
+    assert float(curvature(state)) > 1 if scale > 1 else float(curvature(state)) < 1
+
+
+def plain(depth: int, steps: int, **options) -> list[float]:
+    source = task("digits", flat=True)
+    net = MLP(Logits(10), 64, 64, depth)
+    method, params = agd(net, CrossEntropy(), **options), net.init(0)
+    state, values = method.init(params), []
+    gradient = torch.func.grad_and_value(method.objective)
+    for _, (inputs, labels) in zip(range(steps), source.batches(64, 0), strict=False):
+        grads, value = gradient(params, inputs, labels)
+        updates, state = method.update(grads, state, params)
+        params = moved(params, updates)
+        values.append(float(value))
+    return values
+
+
+def test_deep_plain_networks_get_the_steps_that_they_bear() -> None:
+    """At twice the minimiser the declared bound lets weights outgrow their sizes: it stands at the tenfold loss, or more."""
+    measured, declared = (plain(12, 200, curvature=kind, relaxation=2.0) for kind in ("measured", "declared"))
+    assert sum(measured[-20:]) < sum(declared[-20:]) / 4
+
+
+def test_a_multiplier_is_expected_to_use_up_as_much_more() -> None:
+    """Else the measurement would undo it."""
+    found = {}
+    for multiplier in (0.5, 1.0):
+        model = NET.to_torch(0, dtype=torch.float64)
+        optimizer = AGD(model, SquareLoss())
+        optimizer.param_groups[0]["lr"] = multiplier
+        inputs, targets = batch(0)
+        SquareLoss()(model(inputs), targets).backward()
+        optimizer.step()
+        found[multiplier] = float(optimizer.current.due)
+    assert found[0.5] == pytest.approx(0.5 * found[1.0])
+
+
+def test_what_cannot_be_compared_counts_for_nothing() -> None:
+    method = agd(NET, SquareLoss(), nonfinite="skip")
+    params = NET.init(0, dtype=torch.float64)
+    grads = gradients(method, params, *batch(0))
+    _, state = method.update(grads, method.init(params), params)
+    _, state = method.update(grads, state, params)
+    known = (state.fallen, state.expected)
+    bad = {name: torch.full_like(value, math.nan) for name, value in grads.items()}
+    zero = {name: torch.zeros_like(value) for name, value in grads.items()}
+    for odd in ({**grads, "0.weight": None}, zero, bad):
+        _, after = method.update(odd, state, params)
+        assert (after.fallen, after.expected) == known
+        # and the step after that, which has nothing to look back on
+        _, later = method.update(grads, after, params)
+        assert later.fallen.isfinite()
+        if odd is not grads and float(after.due) == 0:
+            assert (later.fallen, later.expected) == known
+
+
+def test_a_wild_gradient_counts_for_no_more_than_the_most() -> None:
+    method = agd(NET, SquareLoss())
+    params = NET.init(0, dtype=torch.float64)
+    grads = gradients(method, params, *batch(0))
+    state = method.init(params)
+    for _ in range(5):
+        _, state = method.update(grads, state, params)
+    for sign in (-1e9, 1e9):
+        _, after = method.update({name: sign * g for name, g in grads.items()}, state, params)
+        change = abs(float(after.fallen) - MEMORY * float(state.fallen))
+        assert change == pytest.approx((1 - MEMORY) * MOST * float(state.due))
+
+
+def test_micro_batches_measure_before_they_make_the_direction() -> None:
+    method = agd(NET, SquareLoss())
+    params = NET.init(0, dtype=torch.float64)
+    first, second = (gradients(method, params, *batch(seed)) for seed in (0, 1))
+    updates, state = method.update(first, method.init(params), params)
+    params = moved(params, updates)
+    making = gradients(method, params, *batch(2))
+    absorbed = method.absorb(making, state, params, 0.5)
+    _, usual = method.update(making, state, params)
+    assert (absorbed.fallen, absorbed.expected) == (usual.fallen, usual.expected)
+    _, after = method.update(second, absorbed, params, part=0.5)
+    assert (after.fallen, after.expected) == (usual.fallen, usual.expected)
+
+
+def test_what_needs_no_measurement_keeps_no_direction() -> None:
+    params = NET.init(0)
+    grads = {name: torch.ones_like(weight) for name, weight in params.items()}
+    for options in ({"curvature": "declared"}, {"momentum": None}):
+        method = agd(NET, SquareLoss(), **options)
+        _, state = method.update(grads, method.init(params), params)
+        assert state.directions == {}
+        assert float(curvature(state)) == 1
+    with pytest.raises(InvalidArgument, match="without momentum"):
+        agd(NET, SquareLoss(), momentum=None, curvature="measured")
+    with pytest.raises(InvalidArgument, match="curvature"):
+        agd(NET, SquareLoss(), curvature="guessed")
+
+
+def test_the_certificate_says_what_is_measured() -> None:
+    assert any("measured curvature" in line for line in agd(NET, SquareLoss()).certificate().assumptions)
+    assert not any("measured curvature" in x for x in agd(NET, SquareLoss(), momentum=None).certificate().assumptions)
