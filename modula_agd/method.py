@@ -344,6 +344,9 @@ class Method:
         finite = finite & t.float().isfinite()
         if not masked:
             check_step(t.float(), evidence)
+        else:
+            # made of a gradient itself, a direction may be NaN
+            kept |= {name: torch.where(finite, kept[name], 0.0) for name in kept.keys() - state.momentum.keys()}
         after = state._replace(
             eta=self.relaxation * best.eta,
             t=t,

@@ -7,7 +7,7 @@ the printed table and the ``torch.nn`` face follow. ``module.py`` has the algebr
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ def join(path: str, name: str) -> str:
 
 class Network(ABC):
     """A typed, bound-aware map: what each declares, and what follows for all. ``Module`` adds the operators."""
+
+    captured: ClassVar[bool] = False
+    """Whether the bound was measured on an example rather than declared: it is then as tight as it is uncertain."""
 
     # -- what a module declares ---------------------------------------------------------------------------------------
 

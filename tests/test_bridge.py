@@ -266,7 +266,7 @@ def test_a_model_in_evaluation_is_captured_as_in_training_and_left_in_evaluation
     assert not any(module.training for module in model.modules())
     assert torch.equal(model[1].running_mean, mean)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert any(node.operator == "dropout" for node in network.captured.nodes.values())
+    assert any(node.operator == "dropout" for node in network.graph.nodes.values())
 
 
 def test_training_renews_running_statistics_and_evaluation_takes_them() -> None:
@@ -452,6 +452,11 @@ def test_a_plain_model_without_an_example_is_told_the_remedy() -> None:
     method = agd(from_torch(nn.Linear(8, 3), torch.randn(4, 8)), CrossEntropy())
     with pytest.raises(InvalidArgument, match="ready method"):
         AGD(nn.Linear(8, 3), method, example_inputs=torch.randn(4, 8))
+
+
+def test_a_captured_bound_is_as_tight_as_it_is_uncertain_and_no_step_goes_beyond_its_minimiser() -> None:
+    method = agd(from_torch(small(), torch.randn(16, 8)), CrossEntropy())
+    assert (method.relaxation, method.measures) == (1.0, True)
 
 
 def test_tracked_sizes_follow_the_weights() -> None:

@@ -186,6 +186,18 @@ def test_what_cannot_be_compared_counts_for_nothing() -> None:
             assert (later.fallen, later.expected) == known
 
 
+def test_a_first_batch_that_is_skipped_leaves_no_nan_behind() -> None:
+    method = agd(NET, SquareLoss(), nonfinite="skip")
+    params = NET.init(0, dtype=torch.float64)
+    good = gradients(method, params, *batch(0))
+    _, state = method.update({n: torch.full_like(g, math.nan) for n, g in good.items()}, method.init(params), params)
+    assert all(not u.any() for u in state.directions.values())
+    for _ in range(3):
+        _, state = method.update(good, state, params)
+    assert float(state.expected) > 0
+    assert state.fallen.isfinite()
+
+
 def test_a_wild_gradient_counts_for_no_more_than_the_most() -> None:
     method = agd(NET, SquareLoss())
     params = NET.init(0, dtype=torch.float64)

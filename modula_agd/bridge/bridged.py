@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Bridged(Network):
     Args:
         model: the model, whose own forward is what is applied.
         choose: which of its outputs counts.
-        captured: its graph.
+        graph: what was captured of it.
         ends: the space of its outputs.
         declarations: each parameter's.
         ratios: what a parameter's size is multiplied with in each use.
@@ -37,10 +37,11 @@ class Bridged(Network):
 
     model: nn.Module
     choose: Any
-    captured: Captured
+    graph: Captured
     ends: Space
     declarations: Mapping[str, Weight]
     ratios: Mapping[tuple[str, str], float]
+    captured: ClassVar[bool] = True
 
     @property
     def domain(self) -> Space | None:
@@ -60,7 +61,7 @@ class Bridged(Network):
         found: dict[Any, float] = {}
         step = Step()
         propagate(
-            Flow(self.captured, self.declarations, self.ratios, self._leaves, self._scores, step, found),
+            Flow(self.graph, self.declarations, self.ratios, self._leaves, self._scores, step, found),
             rule_of,
             UNMOVED,
         )
@@ -68,11 +69,11 @@ class Bridged(Network):
 
     @cached_property
     def _leaves(self) -> dict[str, Leaf]:
-        return leaves(self.captured)
+        return leaves(self.graph)
 
     @cached_property
     def _scores(self) -> frozenset[str]:
-        return score_nodes(self.captured) if isinstance(self.ends, Logits) else frozenset()
+        return score_nodes(self.graph) if isinstance(self.ends, Logits) else frozenset()
 
     def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Tensor:
         args, kwargs = arguments(x)
@@ -98,7 +99,7 @@ class Bridged(Network):
         return {name: value.detach().clone() for name, value in self.model.named_buffers()}
 
     def propagate(self, x: Any, step: Step, path: str = "") -> Bound:
-        flow = Flow(self.captured, self.declarations, self.ratios, self._leaves, self._scores, step, self._corrections)
+        flow = Flow(self.graph, self.declarations, self.ratios, self._leaves, self._scores, step, self._corrections)
         return propagate(flow, rule_of, UNMOVED)
 
     def atoms(self, path: str = "") -> Iterator[tuple[str, Weighted]]:
@@ -114,7 +115,7 @@ class Bridged(Network):
     def measured(self) -> Tensor:
         """All that the capture measured, as numbers in a fixed order, [n] in double precision: what a checkpoint must keep."""
         sizes = [number for weight in self.declarations.values() for number in (weight.size, weight.floor)]
-        seen = [*self.captured.magnitudes.values(), *self.captured.peaks.values()]
+        seen = [*self.graph.magnitudes.values(), *self.graph.peaks.values()]
         return torch.tensor([*sizes, *self.ratios.values(), *tree_leaves(seen)], dtype=torch.float64)
 
     def with_measured(self, numbers: Tensor) -> Self:
@@ -133,10 +134,10 @@ class Bridged(Network):
         ratios = {use: next(left) for use in self.ratios}
         seen = [
             {name: tree_map(lambda _: next(left), value) for name, value in values.items()}
-            for values in (self.captured.magnitudes, self.captured.peaks)
+            for values in (self.graph.magnitudes, self.graph.peaks)
         ]
-        captured = replace(self.captured, magnitudes=seen[0], peaks=seen[1])
-        return replace(self, captured=captured, declarations=weights, ratios=ratios)
+        graph = replace(self.graph, magnitudes=seen[0], peaks=seen[1])
+        return replace(self, graph=graph, declarations=weights, ratios=ratios)
 
     def parameters(self) -> dict[str, Tensor]:
         """The model's parameters that reach its output, by name."""
