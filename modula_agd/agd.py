@@ -57,7 +57,8 @@ def agd(
             on a CPU; a number above 1 cuts the graph of compiled code.
         decay: λ ≥ 0, relative weight decay: a weight of norm ω loses λ·m·t of itself while it moves by m·t·ω, so that its norm
             tends to at most size/λ. Counted in the growth, which the step is then shorter by.
-        relaxation: multiple > 0 of the majorant's minimiser that a step goes; "auto" is 1.5 where curvature is measured and the bound declared, else 1.
+        relaxation: multiple > 0 of the majorant's minimiser that a step goes; "auto" is 1.5 where curvature is measured (1 for a captured
+            model, whose bound is as tight as it is uncertain), else 1.
             Above 1 it is assumed, not derived, that the loss bears it.
         precision: in which polar factors are iterated: "half" is bfloat16, whatever the weights; "full" float32, or float64 of
             such weights. "auto" is half on CUDA, but for float64, and full elsewhere.

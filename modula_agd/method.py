@@ -468,6 +468,8 @@ class Method:
             )
 
     def _codomain(self) -> Space:
+        if not self.network.captured:
+            _settled(self.network, self.network.domain)
         return _settled(self.network, self.network.codomain)
 
     def _sizes(self, params: Mapping[str, Tensor], device: torch.device, exchange: Exchange) -> Tensor:
