@@ -582,6 +582,16 @@ def test_what_is_written_into_a_part_moves_the_whole() -> None:
     assert into == pytest.approx(beside, rel=0.05)
 
 
+def test_many_parts_side_by_side_are_as_deep_as_one() -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in s.children()], 1)
+
+    found = [depth(forward, x, **{f"p{i}": square() for i in range(count)}) for count in (1, 12)]
+    assert found == pytest.approx([1, 1], rel=0.01)
+
+
 def test_a_view_made_before_sees_what_is_written_after() -> None:
     def forward(s: Any, x: Tensor) -> Tensor:
         h = s.b(x)

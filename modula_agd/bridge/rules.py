@@ -60,7 +60,8 @@ def _summed(call: Call) -> Bound:
     apart = math.sqrt(sum(float(term.magnitude) ** 2 for term in terms)) / float(total.magnitude)
     kept = call.correction(total.magnitude)
     result = call.settled(total)
-    return stretched(result, min(apart / max(kept, TINY), MOST)) if 2 * kept < apart else result
+    cancelled = call.name in ("add", "sub", "rsub") and 2 * kept < apart
+    return stretched(result, min(apart / max(kept, TINY), MOST)) if cancelled else result
 
 
 def _multiplied(call: Call) -> Bound:
