@@ -12,7 +12,7 @@ from modula_agd.run import Constants
 from modula_agd.space import finite
 
 MOMENTUM = 0.95
-"""β where nothing else is asked for: the first prototype's; 0.9 and 0.98 were behind where they were tried (docs/benchmarks.md)."""
+"""β where nothing else is asked for, from early trials on a character GPT, in which 0.9 and 0.98 were behind."""
 
 RELAXATION = 1.5
 """Multiple of the minimiser where curvature is measured: halfway between the least loss along a step, by a quadratic, and no fall."""
@@ -75,6 +75,8 @@ def agd(
         raise InvalidArgument(
             f"agd was given search={search!r}; pass an instance such as ExactGrowth() or ClosedForm()"
         )
+    if isinstance(loss, type) and issubclass(loss, Loss):
+        raise SpaceMismatch(f"agd was given the class {loss.__name__}. Pass an instance: {loss.__name__}().")
     if not isinstance(network, Network) or not isinstance(loss, Loss):
         raise SpaceMismatch(
             f"agd(network, loss) takes a modula_agd network and a modula_agd loss, but got {type(network).__name__} and "

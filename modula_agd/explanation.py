@@ -208,7 +208,8 @@ def scalars(method: Method, state: State, multipliers: Mapping[str, float | Tens
         multipliers: as for ``explain``.
 
     Returns:
-        "eta", "t", "descent" and "smoothed" (S of this batch, Ŝ of the mean), "depth", "magnitude", "promised", "steps", "skipped";
+        "eta", "t", "descent" and "smoothed" (S of this batch, Ŝ of the mean), "depth", "magnitude", "curvature" (κ, 1 where it is
+        not measured), "promised", "steps", "skipped";
         "predicted" and "realised" where losses were told; "step/NAME", the relative step of each weight.
     """
     weight, told = state.weight.clamp(min=1e-300), state.told.clamp(min=1e-300)
@@ -221,6 +222,7 @@ def scalars(method: Method, state: State, multipliers: Mapping[str, float | Tens
         "smoothed": smoothed,
         "depth": state.depth,
         "magnitude": state.magnitude,
+        "curvature": curvature(state) if method.measures else torch.ones_like(state.t),
         "promised": -state.change,
         "predicted": state.predicted / told,
         "realised": state.realised / told,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.method import Method
+from modula_agd.network import Network
 from modula_agd.torch_module import TorchModule
 
 FOREIGN = {
@@ -57,6 +58,14 @@ def holder(model: object, method: Method | None) -> nn.Module:
     if not found and method is not None:
         names = method.atoms.keys()
         found = [(path, module) for path, module in modules if names <= dict(module.named_parameters()).keys()]
+    if isinstance(model, Network):
+        raise SpaceMismatch(
+            "AGD was given a network itself, which holds no parameters. Pass model = network.to_torch()."
+        )
+    if not isinstance(model, nn.Module):
+        raise SpaceMismatch(
+            f"AGD takes the model, not {type(model).__name__}: AGD(model, CrossEntropy()). Parameters to train are the argument groups."
+        )
     if not found:
         remedy = (
             "Pass example_inputs=..., a batch as its forward takes it, and AGD captures it; or compose the network from modula_agd "

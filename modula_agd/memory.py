@@ -4,7 +4,7 @@
 
 * "begun": 1 once p has had a gradient, 0 before; what follows means nothing while it is 0;
 * "momentum_buffer": m of p's shape, where there is momentum; float32 for half precision;
-* "direction": u of p's shape, where one direction serves several steps;
+* "direction": u of p's shape, where curvature is measured along it or one direction serves several steps;
 * "average": w̄ of p's shape, where weights are averaged; float32 for half precision.
 
 ``param_groups[0]["agd"]``: "format", the numbers of ``State`` by their names, "buffers", the averaged running statistics by name, and

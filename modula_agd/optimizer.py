@@ -78,10 +78,14 @@ class AGD(Lending):
         ready = loss if isinstance(loss, Method) else None
         _check_options(ready, options)
         if example_inputs is not None:
-            if not isinstance(loss, Loss):
+            if isinstance(loss, type) or not isinstance(loss, Loss):
                 raise InvalidArgument(
                     f"AGD was given example_inputs and {type(loss).__name__}. They are for AGD to capture the model and build the method: "
                     "pass a loss of modula_agd such as CrossEntropy(), or leave them out with a ready method."
+                )
+            if any(isinstance(part, TorchModule) for part in model.modules()):
+                raise InvalidArgument(
+                    "AGD was given example_inputs and a model made by to_torch(), which declares its bounds itself. Leave them out."
                 )
             network = from_torch(unwrapped(model), example_inputs, output=output, scores=loss.max_norm)
             ready = agd(network, loss, **options)  # pyright: ignore

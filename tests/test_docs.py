@@ -26,3 +26,13 @@ def test_excerpts_of_the_guide_are_from_the_tests_of_frameworks() -> None:
     tested = {line.strip() for line in (ROOT / "tests" / "test_frameworks.py").read_text(encoding="utf-8").splitlines()}
     assert len(blocks) >= 5
     assert [line for block in blocks for line in map(str.strip, block.splitlines()) if line not in tested] == []
+
+
+def test_every_link_to_a_file_leads_somewhere() -> None:
+    broken = []
+    for page in [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
+        text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            if "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{page.name}: {target}")
+    assert not broken

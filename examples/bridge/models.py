@@ -81,7 +81,7 @@ def resnet18(data: Data) -> Task:
 def resnet50(data: Data) -> Task:
     import torchvision
 
-    return pictures(torchvision.models.resnet50(num_classes=10), data, 8, 64)
+    return pictures(torchvision.models.resnet50(num_classes=10), data, 32, 32)
 
 
 def vit(data: Data) -> Task:

@@ -184,14 +184,15 @@ def from_torch(
     last, dims = shape[-1], len(shape)
     classes = scores and dims in (2, 3)
     spaces: dict[int, Callable[[], Space]] = {
-        1: lambda: Features(last),
         2: lambda: Logits(last) if classes else Features(last),
         3: lambda: Logits(last) if classes else Sequence(last),
         4: lambda: Image(shape[-3]),
         5: lambda: Volume(shape[-4]),
     }
     if dims not in spaces:
-        raise SpaceMismatch(f"{type(model).__name__} gives outputs of shape {shape}, of no known space")
+        raise SpaceMismatch(
+            f"{type(model).__name__} gives outputs of shape {shape}, not a batch with up to three dimensions of positions. Pass a batch."
+        )
     values = dict(model.named_parameters())
     places = uses(captured, classes)
     weights, ratios = declared(places, values)

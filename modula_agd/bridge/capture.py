@@ -67,6 +67,9 @@ def chosen(outputs: Any, choose: str | int | Callable[[Any], Tensor] | None, mod
         choose: an attribute or key, a position, or a function of the outputs; None takes the tensor itself, the attribute or key
             "logits", "sample", "last_hidden_state", or the first floating-point tensor.
         model: for the error's text.
+
+    Raises:
+        SpaceMismatch: there is no such tensor.
     """
     found: Any = outputs
     if callable(choose):
@@ -81,6 +84,11 @@ def chosen(outputs: Any, choose: str | int | Callable[[Any], Tensor] | None, mod
         named = [x for x in (*attributes, *keys) if isinstance(x, Tensor)]
         inner = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 0]
         found = next(iter([*named, *inner]), None)
+    if choose is not None and not isinstance(found, Tensor):
+        raise SpaceMismatch(
+            f"output={choose!r} is none of what {type(model).__name__} returns, {type(outputs).__name__}. Leave output out, or name "
+            "one that is there: an attribute, a key, a position, or a function of all."
+        )
     if not (isinstance(found, Tensor) and found.is_floating_point() and found.ndim > 0):
         raise SpaceMismatch(
             f"from_torch looked for the tensor that a loss is taken of in what {type(model).__name__} returns, {type(outputs).__name__}, "

@@ -16,7 +16,7 @@ METHOD = "held-out"
 
 METHODS_ABOUT = {
     "agd": "AGD exactly as published",
-    "held-out": "made for small batches: the direction from past gradients, its descent from the fresh one",
+    "held-out": "for small batches: the direction from past gradients, its descent from the fresh one, curvature as measured",
     "closed-form": "the published formula, with the network's own depth and magnitude",
     "exact": "the exact minimum of the network's own bound",
     "certified": "never raises the loss of a full batch; needs --arch linear",
