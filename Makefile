@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -m venv .venv || \
 		{ echo "error: no virtual environment could be made; on Debian and Ubuntu install python3-venv" >&2; exit 2; }
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[verify,train,frameworks,models,dev]"
+	$(BIN)/python -m pip install --quiet --no-compile $(PIP_FLAGS) -c constraints.txt -e ".[verify,train,frameworks,models,dev]"
 	@touch $@
 
 demo: $(READY)  ## train an MLP on scikit-learn's digits, a minute or less
