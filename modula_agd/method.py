@@ -368,8 +368,9 @@ class Method:
         )
         amounts = dict(zip(self.atoms, (-t * reach).unbind(), strict=True))
         # no weight passes through 0, and one with a zero gradient does not move at all
-        moves = {name: (self.decay * self.masses[name] * t).clamp(max=1.0) for name in directions if self.decay}
-        shrink = {name: share * (descents[name] != 0) for name, share in moves.items()}
+        moved = dict(zip(self.atoms, (pairs != 0).unbind(), strict=True))
+        shares = {name: (self.decay * self.masses[name] * t).clamp(max=1.0) for name in directions if self.decay}
+        shrink = {name: share * moved[name] for name, share in shares.items()}
         return Move(directions, gradients, amounts, shrink, finite if masked else None, after)
 
     def check(self, state: State) -> None:
