@@ -12,7 +12,7 @@ from modula_agd.run import Constants
 from modula_agd.space import finite
 
 MOMENTUM = 0.95
-"""β where nothing else is asked for, from early trials on a character GPT, in which 0.9 and 0.98 were behind."""
+"""β where nothing else is asked for; 0.8, 0.9 and 0.98 were behind where they were tried (docs/benchmarks.md)."""
 
 RELAXATION = 1.5
 """Multiple of the minimiser where curvature is measured: halfway between the least loss along a step, by a quadratic, and no fall."""

@@ -83,7 +83,7 @@ class AGD(Lending):
                     f"AGD was given example_inputs and {type(loss).__name__}. They are for AGD to capture the model and build the method: "
                     "pass a loss of modula_agd such as CrossEntropy(), or leave them out with a ready method."
                 )
-            if any(isinstance(part, TorchModule) for part in model.modules()):
+            if isinstance(model, nn.Module) and any(isinstance(part, TorchModule) for part in model.modules()):
                 raise InvalidArgument(
                     "AGD was given example_inputs and a model made by to_torch(), which declares its bounds itself. Leave them out."
                 )
@@ -131,7 +131,10 @@ class AGD(Lending):
         if isinstance(network, Bridged) and self._exchange is not ALONE:
             mine = network.measured().to(device)
             agreed = self._exchange.means({"measured": mine})["measured"]
-            self.method = replace(self.method, network=network.with_measured(agreed), _plans={})
+            self._remeasure(network.with_measured(agreed))
+
+    def _remeasure(self, network: Bridged) -> None:
+        self.method = replace(self.method, network=network, _plans={})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, whole or not at all; micro-batches that were being accumulated are given up.
@@ -142,11 +145,11 @@ class AGD(Lending):
             InvalidArgument: the state is another optimizer's, another network's or a newer version's.
         """
         network, measured = self.method.network, memory.measured(state_dict)
-        if isinstance(network, Bridged) and measured is not None:
-            network = network.with_measured(measured)
+        # what does not fit is refused before anything is loaded
+        seen = network.with_measured(measured) if isinstance(network, Bridged) and measured is not None else None
         super().load_state_dict(state_dict)
-        if network is not self.method.network:
-            self.method = replace(self.method, network=network, _plans={})
+        if seen is not None:
+            self._remeasure(seen)
 
     @torch.no_grad()
     def accumulate(self) -> None:

@@ -18,6 +18,7 @@ from modula_agd import (
     Conv2d,
     CrossEntropy,
     InvalidArgument,
+    Linear,
     Logits,
     RowBlocks,
     RowNorm,
@@ -71,15 +72,9 @@ def trained(task: Any, network: Bridged, steps: int) -> list[float]:
     generator = torch.Generator().manual_seed(2)
     losses = []
     for _ in range(steps):
-        inputs, targets = task.batch(generator)
-        loss = task.loss(models.applied(task.model, inputs), targets)
-        task.model.zero_grad()
-        loss.backward()
-        losses.append(float(loss))
-        updates, state = method.update({name: p.grad for name, p in params.items()}, state, params)
-        with torch.no_grad():
-            for name, update in updates.items():
-                params[name].add_(update)
+        value, updates, state = models.step(task, method, params, state, task.batch(generator))
+        models.move(params, updates)
+        losses.append(value)
     return losses
 
 
@@ -449,6 +444,8 @@ def test_a_plain_model_without_an_example_is_told_the_remedy() -> None:
         AGD(nn.Linear(8, 3), CrossEntropy())
     with pytest.raises(InvalidArgument, match="example_inputs"):
         AGD(nn.Linear(8, 3), nn.CrossEntropyLoss(), example_inputs=torch.randn(4, 8))
+    with pytest.raises(InvalidArgument, match=r"no torch\.nn\.Module"):
+        AGD(Linear(3, 8), CrossEntropy(), example_inputs=torch.randn(4, 8))
     method = agd(from_torch(nn.Linear(8, 3), torch.randn(4, 8)), CrossEntropy())
     with pytest.raises(InvalidArgument, match="ready method"):
         AGD(nn.Linear(8, 3), method, example_inputs=torch.randn(4, 8))

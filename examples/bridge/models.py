@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modula_agd import CrossEntropy, Loss, SquareLoss
+from modula_agd import CrossEntropy, Loss, Method, SquareLoss, State
 
 Batch = tuple[Any, Tensor]
 
@@ -236,6 +236,25 @@ def task(name: str, data: Data, seed: int = 0) -> Task:
     made = SOURCES[name][0](data)
     made.model.train()
     return made
+
+
+def step(
+    task: Task, method: Method, params: dict[str, Tensor], state: State, batch: Batch
+) -> tuple[float, dict[str, Tensor], State]:
+    """The loss on a batch in a loop of one's own, the updates that follow from it, not made yet, and the new state."""
+    inputs, targets = batch
+    loss = task.loss(applied(task.model, inputs), targets)
+    task.model.zero_grad()
+    loss.backward()
+    updates, state = method.update({name: p.grad for name, p in params.items()}, state, params)
+    return float(loss), updates, state
+
+
+@torch.no_grad()
+def move(params: dict[str, Tensor], updates: dict[str, Tensor]) -> None:
+    """Make the updates."""
+    for name, update in updates.items():
+        params[name].add_(update)
 
 
 def scores(outputs: Any) -> Tensor:

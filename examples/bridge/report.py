@@ -66,33 +66,33 @@ def cifar_and_shakespeare(folder: Path) -> models.Data:
 
 
 def losses(task: models.Task, network: object, steps: int) -> tuple[list[float], float]:
-    """Loss by step, and what the first step's change of outputs was of the bound."""
-    params, method, ratio = {}, None, 0.0
-    adam = torch.optim.AdamW(task.model.parameters()) if network is None else None
-    if network is not None:
-        method = agd(network, task.loss)
-        params = network.parameters()
-        state = method.init(params)
-    generator, values = torch.Generator().manual_seed(2), []
-    for step in range(steps):
-        inputs, targets = task.batch(generator)
-        loss = task.loss(models.applied(task.model, inputs), targets)
-        task.model.zero_grad()
-        loss.backward()
-        values.append(float(loss))
-        if adam is not None:
-            adam.step()
-            continue
-        updates, state = method.update({name: p.grad for name, p in params.items()}, state, params)
-        before = _outputs(task, inputs) if step == 0 else None
-        with torch.no_grad():
-            for name, update in updates.items():
-                params[name].add_(update)
+    """Loss by step with nothing set, and what the first step's change of outputs was of the bound."""
+    method, params = agd(network, task.loss), network.parameters()
+    state, generator, values, ratio = method.init(params), torch.Generator().manual_seed(2), [], 0.0
+    for number in range(steps):
+        batch = task.batch(generator)
+        value, updates, state = models.step(task, method, params, state, batch)
+        values.append(value)
+        before = _outputs(task, batch[0]) if number == 0 else None
+        models.move(params, updates)
         if before is not None:
             bound = network.bound(float(state.t))
-            moved = network.codomain.norm(_outputs(task, inputs) - before).mean()
+            moved = network.codomain.norm(_outputs(task, batch[0]) - before).mean()
             ratio = float(moved / (bound.magnitude * (bound.growth - 1)))
     return values, ratio
+
+
+def losses_of_adamw(task: models.Task, steps: int) -> list[float]:
+    """Loss by step on the same batches."""
+    adam, generator, values = torch.optim.AdamW(task.model.parameters()), torch.Generator().manual_seed(2), []
+    for _ in range(steps):
+        inputs, targets = task.batch(generator)
+        loss = task.loss(models.applied(task.model, inputs), targets)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        values.append(float(loss))
+    return values
 
 
 def _outputs(task: models.Task, inputs: object) -> torch.Tensor:
@@ -107,8 +107,7 @@ def row(name: str, data: models.Data, steps: int) -> Row:
     network = from_torch(task.model, task.batch(torch.Generator().manual_seed(1))[0], scores=name != "unet")
     table = str(network)
     values, ratio = losses(task, network, steps)
-    other = models.task(name, data)
-    adam, _ = losses(other, None, steps)
+    adam = losses_of_adamw(models.task(name, data), steps)
     return Row(
         name,
         sum(p.numel() for p in task.model.parameters()),

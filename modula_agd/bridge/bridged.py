@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from modula_agd.bound import Bound
-from modula_agd.bridge.capture import Captured, arguments, capture, chosen
+from modula_agd.bridge.capture import Captured, arguments, capture, chosen, in_mode
 from modula_agd.bridge.declare import rule_of
 from modula_agd.bridge.flow import Flow, propagate
 from modula_agd.bridge.operators import UNMOVED
@@ -59,13 +59,12 @@ class Bridged(Network):
     def _corrections(self) -> dict[Any, float]:
         """Filled by the first bound, which is that of the example and of the declared sizes."""
         found: dict[Any, float] = {}
-        step = Step()
-        propagate(
-            Flow(self.graph, self.declarations, self.ratios, self._leaves, self._scores, step, found),
-            rule_of,
-            UNMOVED,
-        )
+        self._propagated(Step(), found)
         return found
+
+    def _propagated(self, step: Step, corrections: dict[Any, float]) -> Bound:
+        flow = Flow(self.graph, self.declarations, self.ratios, self._leaves, self._scores, step, corrections)
+        return propagate(flow, rule_of, UNMOVED)
 
     @cached_property
     def _leaves(self) -> dict[str, Leaf]:
@@ -80,14 +79,8 @@ class Bridged(Network):
         kept = {
             name: value.detach().clone() for name, value in {**dict(self.model.named_buffers()), **run.buffers}.items()
         }
-        modes = {module: module.training for module in self.model.modules()}
-        if self.model.training != run.training:
-            self.model.train(run.training)
-        try:
+        with in_mode(self.model, training=run.training):
             result = functional_call(self.model, {**params, **kept}, args, kwargs)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         if run.training:
             run.renewed.update(kept)
         return chosen(result, self.choose, self.model)
@@ -99,8 +92,7 @@ class Bridged(Network):
         return {name: value.detach().clone() for name, value in self.model.named_buffers()}
 
     def propagate(self, x: Any, step: Step, path: str = "") -> Bound:
-        flow = Flow(self.graph, self.declarations, self.ratios, self._leaves, self._scores, step, self._corrections)
-        return propagate(flow, rule_of, UNMOVED)
+        return self._propagated(step, self._corrections)
 
     def atoms(self, path: str = "") -> Iterator[tuple[str, Weighted]]:
         yield from self.declarations.items()
@@ -124,9 +116,10 @@ class Bridged(Network):
         Raises:
             InvalidArgument: the numbers are not those of this network.
         """
-        if numbers.shape != self.measured().shape:
+        mine = self.measured()
+        if numbers.shape != mine.shape:
             raise InvalidArgument(
-                f"{numbers.numel()} measurements of a captured model were to go with {self!r}, which has {self.measured().numel()}. They "
+                f"{numbers.numel()} measurements of a captured model were to go with {self!r}, which has {mine.numel()}. They "
                 "are of another model, or of another version of torch; start the optimizer anew."
             )
         left = iter(numbers.tolist())

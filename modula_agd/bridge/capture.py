@@ -110,11 +110,11 @@ class _Chosen(nn.Module):
 
 
 @contextmanager
-def _as_in_training(model: nn.Module) -> Iterator[None]:
-    """A model that is wholly in evaluation is put into training mode for a while; what is set part by part stays."""
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """A model that is in the other mode is put into this one for a while; where it is in this one, what is set part by part stays."""
     modes = {module: module.training for module in model.modules()}
-    if not model.training:
-        model.train()
+    if model.training != training:
+        model.train(training)
     try:
         yield
     finally:
@@ -153,7 +153,7 @@ def capture(
             )
     wrapped = _Chosen(model, choose)
     cuda = sorted({x.device for x in model.parameters() if x.device.type == "cuda"}, key=str)
-    with _as_in_training(model), _as_it_was(model) as restore, torch.random.fork_rng(cuda), torch.no_grad():
+    with in_mode(model, training=True), _as_it_was(model) as restore, torch.random.fork_rng(cuda), torch.no_grad():
         direct = _run(model, lambda: wrapped(*_copied(args), **_copied(kwargs)))
         restore()
         try:

@@ -24,7 +24,7 @@ MOST = 16.0
 """Largest κ: an activation counts for at least 1/16 of what its weight could make of the input, even where it starts at 0."""
 LEAST = {True: 0.3, False: 1.0}
 """Least magnitude that outputs count with, scores of classes or others: near 0, where many models start, a step that only doubled
-them would look harmless. Chosen once, by training losses after 100 steps (docs/models.md)."""
+them would look harmless. Assumed: chosen once, by the training losses of small models after 100 steps."""
 TINY = 1e-30
 
 
@@ -143,6 +143,13 @@ class Call:
             out = out[0] if isinstance(out, tuple) else out
             usable = out > 0 and magnitude > 0
             self.flow.corrections[place] = max(out / float(magnitude) if usable else 1.0, least)
+        return self.flow.corrections[place]
+
+    def once(self, what: str, compute: Callable[[], float]) -> float:
+        """A number that is settled at the capture, and kept."""
+        place = (self.node.name, what)
+        if place not in self.flow.corrections:
+            self.flow.corrections[place] = compute()
         return self.flow.corrections[place]
 
     def product(self, x: Bound, factor: Any, index: int | None = None) -> Bound:

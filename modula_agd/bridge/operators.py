@@ -47,12 +47,13 @@ HOMOGENEOUS = _names(
 
 SUMS = _names(
     """
-    add cat concat hstack lerp max_other maximum min_other minimum rsub cdist stack sub vstack where
+    add cat cdist concat copy hstack index_add index_put lerp max_other maximum min_other minimum rsub scatter scatter_add
+    select_scatter slice_scatter stack sub vstack where
     """
 )
 PRODUCTS = _names(
     """
-    bmm dot einsum kron matmul mm mul multiply mv outer bilinear inner tensordot cosine_similarity addcmul
+    addcmul bilinear cosine_similarity dot einsum inner kron mul multiply outer tensordot
     """
 )
 
@@ -61,10 +62,8 @@ GROUPED = ("_grouped_mm", "transformers::grouped_mm_fallback")
 
 LIPSCHITZ = {
     "cos": 1.0,
-    "log1p": 1.0,
     "logcumsumexp": 1.0,
     "remainder": 1.0,
-    "sin": 1.0,
     "hardsigmoid": 1 / 6,
     "log_sigmoid": 1.0,
     "sigmoid": 0.25,

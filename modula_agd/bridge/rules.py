@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from modula_agd import bound as algebra
-from modula_agd.bound import Bound, Number, source
+from modula_agd.bound import Bound, source
 from modula_agd.bridge.flow import MOST, TINY, Call, Rule, stretched
 from modula_agd.bridge.graph import Ref
 from modula_agd.bridge.operators import (
@@ -56,12 +56,17 @@ def _summed(call: Call) -> Bound:
     numbers = [x for x in call.node.args[:2] if isinstance(x, int | float) and call.name in ("add", "sub", "rsub")]
     terms = [call.bound(argument) for argument in (*_tensors(call), *numbers)]
     total = algebra.total(terms)
-    # where terms cancel, the sum is small and its change is not
-    apart = math.sqrt(sum(float(term.magnitude) ** 2 for term in terms)) / float(total.magnitude)
-    kept = call.correction(total.magnitude)
     result = call.settled(total)
-    cancelled = call.name in ("add", "sub", "rsub") and 2 * kept < apart
-    return stretched(result, min(apart / max(kept, TINY), MOST)) if cancelled else result
+    if call.name not in ("add", "sub", "rsub"):
+        return result
+    # where terms cancel, the sum is small and its change is not
+    excess = call.once("cancelled", lambda: _apart(terms) / max(float(result.magnitude), TINY))
+    return stretched(result, min(excess, MOST)) if excess > 2 else result
+
+
+def _apart(terms: list[Bound]) -> float:
+    """How large a sum of these is where they are independent."""
+    return math.sqrt(sum(float(term.magnitude) ** 2 for term in terms))
 
 
 def _multiplied(call: Call) -> Bound:
@@ -95,13 +100,12 @@ def _linear(call: Call) -> Bound:
 
 
 def _addmm(call: Call) -> Bound:
-    one, other = call.argument(1), call.argument(2)
-    x, weight = (other, one) if call.weight(one) is not None and call.weight(other) is None else (one, other)
-    return _shifted(call, call.product(call.bound(x), weight), call.argument(0))
+    return _shifted(call, _matrices(call, 1), call.argument(0))
 
 
-def _matrices(call: Call) -> Bound:
-    one, other = call.argument(0), call.argument(1)
+def _matrices(call: Call, first: int = 0) -> Bound:
+    """The product of two factors, either of which may be a weight."""
+    one, other = call.argument(first), call.argument(first + 1)
     x, weight = (other, one) if call.weight(one) is not None and call.weight(other) is None else (one, other)
     return call.product(call.bound(x), weight)
 
@@ -135,19 +139,17 @@ def _attention(call: Call) -> Any:
     return call.settled(result)
 
 
-def _lipschitz(slope: float) -> Rule:
+def _lipschitz(slope: float, least: float = 0.0) -> Rule:
+    """A relative change grows by slope·a_in/a_out, and at least by ``least``."""
+
     def rule(call: Call) -> Bound:
         x = call.bound(call.argument(0))
         # a softmax is relative to probabilities, whose sum is 1; others to what they give
         unit = 1.0 if "softmax" in call.name and "log" not in call.name else max(call.out, LOW)
-        return replace(stretched(x, _ratio(call, slope * x.magnitude / unit)), magnitude=max(call.out, TINY))
+        ratio = algebra.larger(least, slope * x.magnitude / unit)
+        return replace(stretched(x, ratio), magnitude=max(call.out, TINY))
 
     return rule
-
-
-def _ratio(call: Call, ratio: Number) -> Number:
-    """Of a bond whose values may be small by cancellation: at least 1 where it is 0 at 0."""
-    return algebra.larger(1.0, ratio) if call.name in ("sin", "log1p") else ratio
 
 
 def _powered(degree: float) -> Rule:
@@ -161,18 +163,21 @@ def _powered(degree: float) -> Rule:
 def _pow(call: Call) -> Bound:
     base, exponent = call.argument(0), call.argument(1)
     if isinstance(base, int | float):
-        return _exp(call, exponent, abs(math.log(abs(base) or 1.0)))
+        return _exponential(abs(math.log(abs(base) or 1.0)), place=1)(call)
     return _powered(abs(exponent) if isinstance(exponent, int | float) else 1.0)(call)
 
 
-def _exp(call: Call, exponent: Any = None, rate: float = 1.0) -> Bound:
-    """Relative to e^h, a change of h counts in full, and the largest h count most."""
-    argument = call.argument(0) if exponent is None else exponent
-    x = call.bound(argument)
-    peak = call.flow.captured.peaks.get(argument, 0.0) if isinstance(argument, Ref) else 0.0
-    ratio = rate * algebra.larger(x.magnitude, peak if isinstance(peak, float) else 0.0)
-    ratio = algebra.larger(1.0, ratio) if call.name in ("sinh", "tan") else ratio
-    return replace(stretched(x, ratio), magnitude=max(call.out, TINY))
+def _exponential(rate: float = 1.0, least: float = 0.0, place: int = 0) -> Rule:
+    """e^(rate·h): relative to it, a change of h counts in full, and the largest h count most."""
+
+    def rule(call: Call) -> Bound:
+        argument = call.argument(place)
+        x = call.bound(argument)
+        peak = call.flow.captured.peaks.get(argument, 0.0)
+        ratio = rate * algebra.larger(x.magnitude, peak if isinstance(peak, float) else 0.0)
+        return replace(stretched(x, algebra.larger(least, ratio)), magnitude=max(call.out, TINY))
+
+    return rule
 
 
 def _log(call: Call) -> Bound:
@@ -278,23 +283,21 @@ def normalises(call: Call, divisor: str, x: str) -> bool:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(VIEWS | PARTS | HOMOGENEOUS, _passed),
-    **dict.fromkeys(
-        SUMS | {"scatter", "scatter_add", "index_add", "index_put", "copy", "slice_scatter", "select_scatter"}, _summed
-    ),
-    **dict.fromkeys(
-        (PRODUCTS - {"matmul", "mm", "bmm", "mv"}) | {"div", "divide", "true_divide", "prelu", "_prelu_kernel"},
-        _multiplied,
-    ),
+    **dict.fromkeys(SUMS, _summed),
+    **dict.fromkeys(PRODUCTS | {"div", "divide", "true_divide", "prelu", "_prelu_kernel"}, _multiplied),
     **dict.fromkeys((*CONVOLUTIONS, "convolution", "linear"), _linear),
     **dict.fromkeys(("addmm", "baddbmm"), _addmm),
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", *GROUPED), _matrices),
     **dict.fromkeys(("embedding", "embedding_bag"), _embedding),
     **{name: _lipschitz(slope) for name, slope in LIPSCHITZ.items()},
+    # 0 at 0, where a result may be small by cancellation
+    **dict.fromkeys(("log1p", "sin"), _lipschitz(1.0, least=1.0)),
+    **dict.fromkeys(("exp", "expm1"), _exponential()),
+    **dict.fromkeys(("sinh", "tan"), _exponential(least=1.0)),
     **{name: _powered(degree) for name, degree in DEGREES.items()},
     **dict.fromkeys(RECURRENT, _recurrent),
     **dict.fromkeys(CELLS, _one_step),
     **dict.fromkeys(("_weight_norm", "_weight_norm_interface"), _weight_norm),
-    **dict.fromkeys(("exp", "sinh", "tan", "expm1"), _exp),
     "scaled_dot_product_attention": _attention,
     "layer_norm": _normalised(2, 3),
     "native_layer_norm": _normalised(2, 3),

@@ -110,6 +110,10 @@ class Weight:
         return self.kind
 
 
+RECURRENT = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+"""Recurrent operators and how many weights each fuses."""
+CELLS = {f"{name}_cell": count for name, count in RECURRENT.items()}
+"""The same for a single step."""
 BIASES = {
     "linear": (2,),
     "addmm": (0,),
@@ -122,7 +126,7 @@ BIASES = {
     "instance_norm": (2,),
     "add": (0, 1),
     "sub": (0, 1),
-    **dict.fromkeys(("gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell"), (4, 5)),
+    **dict.fromkeys(CELLS, (4, 5)),
 }
 SCALES = {
     "layer_norm": (2,),
@@ -140,10 +144,6 @@ SCALES = {
     "_weight_norm_interface": (1,),
 }
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-RECURRENT = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-"""Recurrent operators and how many weights each fuses."""
-CELLS = {f"{name}_cell": count for name, count in RECURRENT.items()}
-"""The same for a single step."""
 
 
 def leaves(captured: Captured) -> dict[str, Leaf]:
