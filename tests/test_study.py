@@ -125,7 +125,8 @@ def test_tables_and_plots_come_out(bench, tmp_path: Path, capsys, monkeypatch) -
         groups=["ours", "grids", "defaults"], grids=["sgd"], schedules=["cosine"], skip=list(PACKAGES), seeds=[0, 1]
     )
     monkeypatch.setitem(study.START, "sgd", -2)
-    study.study(bench, cell(), plan)
+    for job in study.jobs(cell(), plan):
+        job.perform(bench)
     for other in ablations.cells("multiplier", cell(), None):
         bench.measure(other)
     bench.measure(cell(options=ablations.OPTIONS["closed form"]))

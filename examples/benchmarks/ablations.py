@@ -9,8 +9,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from study import Bench, Cell, Store
+from study import Cell, Job, work
 from tasks import TASKS
 
 OPTIONS = {
@@ -58,14 +57,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/study.jsonl"))
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    everything = []
     for name in options.tasks:
-        bench = Bench(TASKS[name], TASKS[name].source(options.data_dir, options.device), Store(options.out))
         base = Cell(name, "held-out", scale=options.scale, seed=options.seed)
-        for cell in [base, *cells(options.what, base, options.names)]:
-            bench.measure(cell)
+        everything += [Job(cell, (options.seed,)) for cell in [base, *cells(options.what, base, options.names)]]
+    work(everything, options)
 
 
 if __name__ == "__main__":

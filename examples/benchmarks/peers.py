@@ -5,6 +5,7 @@ the task's references use (5% of warm-up, then a cosine to a tenth).
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Runner:
         schedule: the factor of every learning rate at a step.
         averaged: a context in which the model holds the weights to evaluate; the live ones where left out.
         after: called after each step.
+        capturable: whether a step asks nothing of the host, so that a CUDA graph may hold it.
     """
 
     def __init__(
@@ -36,12 +38,17 @@ class Runner:
         schedule: Callable[[int], float] | None = None,
         averaged: Callable[[], Any] = nullcontext,
         after: Callable[[], None] | None = None,
+        capturable: bool = False,
     ) -> None:
         self.optimizers, self.schedule, self.averaged, self.after = optimizers, schedule, averaged, after
+        self.capturable = capturable
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        self.seconds: list[float] = []
+        """What each step took the host; a graph's replay is not counted here."""
 
     def step(self, index: int) -> None:
         """Move the weights by their gradients."""
+        start = time.perf_counter()
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
             if self.schedule is not None:
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -49,6 +56,7 @@ class Runner:
             optimizer.step()
         if self.after is not None:
             self.after()
+        self.seconds.append(time.perf_counter() - start)
 
     def numbers(self) -> int:
         """Numbers held between steps."""
@@ -113,7 +121,7 @@ def _torch(kind: Any, **settings: Any) -> Make:
 
 def _adamw(model: TorchModule, request: Request) -> Runner:
     # nanoGPT's settings where a rate is searched for (the references' too); torch's own by default
-    tuned = request.lr is not None and request.task == "chargpt"
+    tuned = request.lr is not None and request.task.startswith("chargpt")
     settings = {"betas": (0.9, 0.99), "weight_decay": 0.1} if tuned else {}
     return Runner([torch.optim.AdamW(model.parameters(), **settings, **request.rate())], request.factor)
 
@@ -196,7 +204,7 @@ def _dog(layerwise: bool) -> Make:
         from dog import DoG, LDoG, PolynomialDecayAverager
 
         # its README: averaging is essential; 1e-4 instead of 1e-6 with batch norm
-        relative = {"reps_rel": 1e-4} if request.task == "cnn" else {}
+        relative = {"reps_rel": 1e-4} if any(True for _ in model.buffers()) else {}
         optimizer = (LDoG if layerwise else DoG)(model.parameters(), **relative)
         averager = PolynomialDecayAverager(model)
 
@@ -216,13 +224,19 @@ def _ours(model: TorchModule, request: Request) -> Runner:
     options = dict(request.options)
     if options.get("search") == "closed form":
         options["search"] = ClosedForm()
-    optimizer = AGD(model, agd(model.network, request.loss, **options), averaging=True)
+    graphed = _on_cuda(model) and request.factor is None
+    optimizer = AGD(model, agd(model.network, request.loss, **options), averaging=True, capturable=graphed)
     optimizer.param_groups[0]["lr"] = 1.0 if request.lr is None else request.lr
-    return Runner([optimizer], request.factor, optimizer.averaged)
+    return Runner([optimizer], request.factor, optimizer.averaged, capturable=graphed)
 
 
 def _published(model: TorchModule, request: Request) -> Runner:
-    return Runner([AGD(model, published(model.network, request.loss))])
+    graphed = _on_cuda(model)
+    return Runner([AGD(model, published(model.network, request.loss), capturable=graphed)], capturable=graphed)
+
+
+def _on_cuda(model: TorchModule) -> bool:
+    return next(model.parameters()).is_cuda
 
 
 OURS = "held-out"

@@ -1,30 +1,35 @@
 """The study: every task, every peer with its defaults and over grids of learning rates, and this library's default.
 
-python examples/benchmarks/study.py --data-dir DIR [--tasks fcn chargpt] [--seeds 0 1 2] [--scale 1.0] [--threads 1]
+python examples/benchmarks/study.py --data-dir DIR [--tasks fcn chargpt] [--seeds 0 1 2] [--device cuda --processes 12]
 
 Every finished run is a line of ``--out``; the same command goes on from the lines that are there, and several processes may
-share the file, one task each. ``report.py`` makes the tables and plots of it.
+share the file. ``report.py`` makes the tables and plots of it.
 """
 
 import argparse
 import fcntl
 import json
 import math
+import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from passes import TrainingStep
 from peers import GRIDS, OURS, PEERS, SCHEDULED, Request, Runner
 from tasks import TASKS, Benchmark
 
 from modula_agd import NonFiniteGradient, UnhalvedSquareLoss
 from modula_agd.train import Task
+from modula_agd.train.facts import TextFacts
 from modula_agd.train.objective import aiming
 
 POINTS = 60
@@ -89,18 +94,19 @@ class Store:
         wanted = json.loads(json.dumps(asdict(cell)))
         return next((row["outcome"] for row in self.rows() if row["cell"] == wanted), None)
 
-    def add(self, cell: Cell, outcome: dict[str, Any]) -> None:
-        """Keep a run."""
-        row = {"cell": asdict(cell), "outcome": outcome, "made": circumstances()}
+    def add(self, cell: Cell, outcome: dict[str, Any], made: dict[str, Any]) -> None:
+        """Keep a run, and what it was made on."""
+        row = {"cell": asdict(cell), "outcome": outcome, "made": made}
         with self.path.open("a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def circumstances() -> dict[str, Any]:
+def circumstances(device: torch.device) -> dict[str, Any]:
     """On what and when."""
+    threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
     return {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
     }
@@ -125,7 +131,7 @@ class Bench:
         found = self.store.outcome(cell)
         if found is None:
             found = run(cell, self.benchmark, self.source)
-            self.store.add(cell, found)
+            self.store.add(cell, found, circumstances(self.source.device))
             print(f"{cell}: {shown(found)}", flush=True)
         return found
 
@@ -141,11 +147,11 @@ def shown(outcome: dict[str, Any]) -> str:
 
 
 def run(cell: Cell, benchmark: Benchmark, source: Task) -> dict[str, Any]:
-    """Train once; the held-out split is read once, after the last step.
+    """Train once; the held-out split is read once, after the last step, and ``benchmark.looks`` times before.
 
     Returns:
         Mean training loss and accuracy over the last tenth of the steps (live weights); loss and accuracy of the weights to
-        evaluate on fixed training samples ("end") and on the held-out split ("val"); the curve; times.
+        evaluate on fixed training samples ("end") and on the held-out split ("val"); the curve; the looks; times.
     """
     device = source.device
     batch = cell.batch or benchmark.batch
@@ -159,82 +165,113 @@ def run(cell: Cell, benchmark: Benchmark, source: Task) -> dict[str, Any]:
     unit = benchmark.unit if loss is benchmark.loss else 1.0
     runner = PEERS[cell.peer](model, Request(cell.task, loss, cell.lr, cell.schedule, steps, cell.options))
     aims = aiming(loss, source.facts.classes, device)
-    record = torch.full((3, steps), math.nan)
+    training = TrainingStep(model, lambda outputs, labels: loss(outputs, aims(labels)), runner, benchmark.half)
+    record = torch.full((3, steps), math.nan, device=device)
+    judge = Judge(model, loss, unit, aims, training, source, batch)
     model.train()
-    begun, spent, done = time.perf_counter(), [], 0
+    begun, done, seen = time.perf_counter(), 0, []
     for index, (inputs, labels) in zip(range(steps), source.batches(batch, cell.seed), strict=False):
-        outputs = model(inputs)
-        value = loss(outputs, aims(labels))
-        for parameter in model.parameters():
-            parameter.grad = None
-        value.backward()
-        start = time.perf_counter()
         try:
-            runner.step(index)
+            value, accuracy = training(inputs, labels)
         except NonFiniteGradient:
             break
-        spent.append(time.perf_counter() - start)
-        record[0, index] = unit * value.detach()
-        record[1, index] = (outputs.argmax(-1) == labels).float().mean()
-        record[2, index] = _eta(runner)
+        record[0, index] = unit * value
+        record[1, index] = accuracy
+        eta = _eta(runner)
+        if eta is not None:
+            record[2, index] = eta
         done = index + 1
         if index % 100 == 99 and not math.isfinite(float(record[0, index])):
             break
+        if benchmark.looks and done < steps and done % max(1, steps // benchmark.looks) == 0:
+            with runner.averaged():
+                seen.append([done, *judge.held_out()])
+            model.train()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     seconds = time.perf_counter() - begun
+    record = record.cpu()
     diverged = done < steps or not bool(record[:2].isfinite().all())
     last = record[:, -max(1, steps // 10) :].mean(1).tolist()
     outcome: dict[str, Any] = {
         "diverged": diverged,
         "steps": steps,
         "seconds": round(seconds, 2),
-        "step_ms": round(1e3 * statistics.median(spent), 3) if spent else 0.0,
+        "step_ms": round(1e3 * statistics.median(runner.seconds), 3) if runner.seconds else 0.0,
         "total_ms": round(1e3 * seconds / max(1, done), 3),
         "train_loss": _finite(last[0]),
         "train_accuracy": _finite(last[1]),
         "curve": _curve(record),
         "state": runner.numbers(),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "looks": seen,
     }
     with runner.averaged():
-        renew(model, source, batch)
-        end = evaluation(model, loss, unit, aims, _training(source, batch)) if not diverged else (None, None)
-        held = evaluation(model, loss, unit, aims, source.evaluation(256)) if not diverged else (None, None)
+        renew(model, training, source, batch)
+        end = judge.training() if not diverged else (None, None)
+        held = judge.held_out() if not diverged else (None, None)
     return outcome | {"end_loss": end[0], "end_accuracy": end[1], "val_loss": held[0], "val_accuracy": held[1]}
 
 
-def _eta(runner: Runner) -> float:
+def _eta(runner: Runner) -> torch.Tensor | None:
     current = getattr(runner.optimizers[0], "current", None)
-    return float(current.eta) if current is not None else math.nan
+    return None if current is None else current.eta
 
 
-def _training(source: Task, batch: int) -> Iterator[Any]:
-    count = max(1, TRAINING_SAMPLES // (batch * (64 if source.held_out == "validation" else 1)))
-    return (found for _, found in zip(range(count), source.batches(batch, EVALUATION_SEED), strict=False))
-
-
-def renew(model: Any, source: Task, batch: int, passes: int = 50) -> None:
+def renew(model: Any, training: TrainingStep, source: Task, batch: int, passes: int = 50) -> None:
     """Running statistics for the weights that are about to be evaluated; nothing without batch norm."""
     if any(True for _ in model.buffers()):
         model.train()
-        with torch.no_grad():
+        with torch.no_grad(), training.precision():
             for _, (inputs, _labels) in zip(range(passes), source.batches(batch, EVALUATION_SEED + 1), strict=False):
                 model(inputs)
 
 
-def evaluation(
-    model: Any, loss: Any, unit: float, aims: Any, batches: Iterator[Any]
-) -> tuple[float | None, float | None]:
-    """Mean loss and accuracy."""
-    model.eval()
-    count, sums = 0, torch.zeros(2, dtype=torch.float64)
-    with torch.no_grad():
-        for inputs, labels in batches:
-            outputs = model(inputs)
-            sums[0] += unit * float(loss(outputs, aims(labels))) * labels.numel()
-            sums[1] += float((outputs.argmax(-1) == labels).sum())
-            count += labels.numel()
-    value, hits = (sums / count).tolist()
-    return _finite(value), hits
+@dataclass(frozen=True)
+class Judge:
+    """Evaluates a model as it is.
+
+    Args:
+        model: to evaluate.
+        loss: of outputs and targets.
+        unit: what the loss is multiplied with to be told.
+        aims: targets of labels.
+        step: in whose precision.
+        source: the data.
+        batch: samples at once, of training samples.
+    """
+
+    model: Any
+    loss: Any
+    unit: float
+    aims: Any
+    step: TrainingStep
+    source: Task
+    batch: int
+
+    def training(self) -> tuple[float | None, float | None]:
+        """Loss and accuracy on fixed training samples."""
+        window = self.source.facts.context if isinstance(self.source.facts, TextFacts) else 1
+        count = max(1, TRAINING_SAMPLES // (self.batch * window))
+        batches = self.source.batches(self.batch, EVALUATION_SEED)
+        return self._evaluation(found for _, found in zip(range(count), batches, strict=False))
+
+    def held_out(self) -> tuple[float | None, float | None]:
+        """Loss and accuracy on the held-out split."""
+        return self._evaluation(self.source.evaluation(256))
+
+    def _evaluation(self, batches: Iterator[Any]) -> tuple[float | None, float | None]:
+        self.model.eval()
+        count, sums = 0, torch.zeros(2, dtype=torch.float64, device=self.source.device)
+        with torch.no_grad():
+            for inputs, labels in batches:
+                with self.step.precision():
+                    outputs = self.model(inputs)
+                sums[0] += self.unit * self.loss(outputs.float(), self.aims(labels)) * labels.numel()
+                sums[1] += (outputs.argmax(-1) == labels).sum()
+                count += labels.numel()
+        value, hits = (sums / count).tolist()
+        return _finite(value), hits
 
 
 def _curve(record: torch.Tensor) -> dict[str, list[float | None]]:
@@ -273,29 +310,68 @@ def rate(exponent: int) -> float:
     return float(f"{10 ** (exponent / 2):.3g}")
 
 
-def study(bench: Bench, base: Cell, plan: argparse.Namespace) -> None:
-    """Every run of one task that the arguments ask for."""
-    chosen: list[Cell] = []
-    if "ours" in plan.groups:
-        chosen.append(base)
+@dataclass(frozen=True)
+class Job:
+    """Runs that follow on each other.
+
+    Args:
+        base: the first of them, or the one whose rate is searched for.
+        seeds: of the final runs.
+        search: whether its rate is searched for, at the base's seed.
+    """
+
+    base: Cell
+    seeds: tuple[int, ...]
+    search: bool = False
+
+    def perform(self, bench: Bench) -> None:
+        """Every run of it."""
+        cell = replace(self.base, lr=sweep(bench, self.base)) if self.search else self.base
+        for seed in self.seeds:
+            bench.measure(replace(cell, seed=seed))
+
+
+def jobs(base: Cell, plan: argparse.Namespace) -> list[Job]:
+    """All that the arguments ask for of one task; the longest first."""
+    seeds = tuple(plan.seeds)
+    found: list[Job] = []
     if "grids" in plan.groups:
         for wanted in plan.grids:
-            peer = "adamw" if (wanted, base.task) == ("adam", "chargpt") else wanted
-            for schedule in plan.schedules:
-                cell = replace(base, peer=peer, schedule=schedule)
-                chosen.append(replace(cell, lr=sweep(bench, cell)))
+            peer = "adamw" if wanted == "adam" and base.task.startswith("chargpt") else wanted
+            cells = [replace(base, peer=peer, schedule=schedule) for schedule in plan.schedules]
+            found += [Job(cell, seeds, search=True) for cell in cells]
+    if "ours" in plan.groups:
+        found += [Job(base, (seed,)) for seed in seeds]
     if "defaults" in plan.groups:
         others = [peer for peer in PEERS if peer not in (OURS, *plan.skip)]
-        chosen += [replace(base, peer=p, schedule="cosine" if p in SCHEDULED else "constant") for p in others]
-    for seed in plan.seeds:
-        for cell in chosen:
-            bench.measure(replace(cell, seed=seed))
+        cells = [replace(base, peer=p, schedule="cosine" if p in SCHEDULED else "constant") for p in others]
+        found += [Job(cell, (seed,)) for cell in cells for seed in seeds]
+    return found
+
+
+def perform(job: Job, plan: argparse.Namespace) -> None:
+    """A job, on the data that this process holds."""
+    name = job.base.task
+    source = _held(name, plan.data_dir, plan.device)
+    job.perform(Bench(TASKS[name], source, Store(plan.out)))
+
+
+@cache
+def _loaded(name: str, folder: Path | None) -> Task:
+    return TASKS[name].source(folder, "cpu")
+
+
+@cache
+def _held(name: str, folder: Path | None, device: str) -> Task:
+    source = _loaded(name, folder)
+    return source if device == "cpu" else source.to(device)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    usual = [name for name, benchmark in TASKS.items() if not benchmark.large]
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=usual, help=f"default: {' '.join(usual)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--scale", type=float, default=1.0, help="budget as a multiple of each task's own")
     parser.add_argument(
@@ -305,17 +381,30 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--schedules", nargs="+", choices=["cosine", "constant"], default=["cosine", "constant"])
     parser.add_argument("--skip", nargs="+", choices=list(PEERS), default=[], help="peers left out of the defaults")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("runs/study.jsonl"))
     return parser.parse_args()
 
 
+def work(everything: list[Job], plan: argparse.Namespace) -> None:
+    """All jobs, ``plan.processes`` at a time."""
+    torch.set_num_threads(plan.threads)
+    if plan.processes == 1:
+        for job in everything:
+            perform(job, plan)
+        return
+    for name in dict.fromkeys(job.base.task for job in everything):
+        _loaded(name, plan.data_dir)
+    # forked, so that the data are decoded once; nothing has touched the accelerator yet
+    with ProcessPoolExecutor(plan.processes, multiprocessing.get_context("fork")) as pool:
+        for future in [pool.submit(perform, job, plan) for job in everything]:
+            future.result()
+
+
 def main() -> None:
     options = arguments()
-    torch.set_num_threads(options.threads)
-    for name in options.tasks:
-        bench = Bench(TASKS[name], TASKS[name].source(options.data_dir, options.device), Store(options.out))
-        study(bench, Cell(name, OURS, scale=options.scale), options)
+    work([job for name in options.tasks for job in jobs(Cell(name, OURS, scale=options.scale), options)], options)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from modula_agd import GPT, MLP, CrossEntropy, Logits, Loss, Module, ResNet8, SquareLoss
+from modula_agd import GPT, MLP, VGG16, CrossEntropy, Logits, Loss, Module, ResNet, ResNet8, SquareLoss
 from modula_agd.train import Task, task
 
 
@@ -23,6 +23,11 @@ class Benchmark:
         batch: samples (or windows) per step.
         epochs: budget in passes over the training data, or 0.
         steps: budget in steps where ``epochs`` is 0.
+        augment: whether training images are shifted and mirrored.
+        context: characters of a window, of text alone.
+        half: whether to compute in bfloat16 what autocast takes to it.
+        looks: times that the held-out split is read along the way, besides the end.
+        large: whether it takes an accelerator.
     """
 
     about: str
@@ -34,10 +39,16 @@ class Benchmark:
     batch: int
     epochs: int = 0
     steps: int = 0
+    augment: bool = False
+    context: int | None = None
+    half: bool = False
+    looks: int = 0
+    large: bool = False
 
     def source(self, folder: Path | None, device: str) -> Task:
         """The data, on the device."""
-        return task(self.data, None if self.data == "digits" else folder, flat=self.flat, device=device)
+        options = {"augment": True} if self.augment else {} if self.context is None else {"context": self.context}
+        return task(self.data, None if self.data == "digits" else folder, flat=self.flat, device=device, **options)
 
     def budget(self, source: Task, batch: int) -> int:
         """Steps of a full run with batches of this size."""
@@ -61,12 +72,56 @@ def _gpt(outputs: int, width: int, depth: int) -> Module:
     return GPT(outputs, 128 * width, 4, 4 * depth, 64)
 
 
+def _large_gpt(outputs: int, width: int, depth: int) -> Module:
+    # the sizes and the dropout of nanoGPT's configuration for this text
+    return GPT(outputs, 384 * width, 6, 6 * depth, 256, dropout=0.2)
+
+
+def _resnet18(outputs: int, width: int, depth: int) -> Module:
+    return ResNet(Logits(outputs), width=64 * width, blocks=(2 * depth,) * 4)
+
+
+def _vgg16(outputs: int, width: int, _depth: int) -> Module:
+    return VGG16(Logits(outputs), width=64 * width)
+
+
 TASKS: dict[str, Benchmark] = {
     "digits": Benchmark("MLP 64-128-128-10", "digits", True, partial(_mlp, (64, 128, 3)), CrossEntropy(), 1, 64, 30),
     "mnist": Benchmark("MLP 784-512-512-10", "mnist", True, partial(_mlp, (784, 512, 3)), CrossEntropy(), 1, 128, 5),
     "fcn": Benchmark("bias-free FCN, depth 8, width 256, CIFAR-10", "cifar10", True, _fcn, SquareLoss(), 2, 128, 5),
     "cnn": Benchmark("ResNet, 16-32-64 channels, CIFAR-10", "cifar10", False, _cnn, CrossEntropy(), 1, 128, 5),
     "chargpt": Benchmark(
-        "GPT, 4 blocks, width 128, context 64", "shakespeare", True, _gpt, CrossEntropy(), 1, 12, 0, 2000
+        "GPT, 4 blocks, width 128, context 64", "shakespeare", True, _gpt, CrossEntropy(), 1, 12, 0, 2000, context=64
+    ),
+    "resnet18": Benchmark(
+        "ResNet-18, CIFAR-10",
+        "cifar10",
+        False,
+        _resnet18,
+        CrossEntropy(),
+        1,
+        128,
+        60,
+        augment=True,
+        half=True,
+        large=True,
+    ),
+    "vgg16": Benchmark(
+        "VGG-16, CIFAR-10", "cifar10", False, _vgg16, CrossEntropy(), 1, 128, 60, augment=True, half=True, large=True
+    ),
+    "chargpt-large": Benchmark(
+        "GPT, 6 blocks, width 384, context 256",
+        "shakespeare",
+        True,
+        _large_gpt,
+        CrossEntropy(),
+        1,
+        64,
+        0,
+        5000,
+        context=256,
+        half=True,
+        looks=20,
+        large=True,
     ),
 }
