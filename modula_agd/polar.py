@@ -50,6 +50,9 @@ HALF_MARGIN = 1.02
 """Room for the rounding of bfloat16: without it a singular value can leave the next polynomial's interval, and the iteration
 explodes. Over spectra from flat to 1e-5 and sides from 16 to 256 the largest singular value came to 1.0092 before the last division."""
 
+ROUGH_SCHEDULE = (SCHEDULE[0], *((a / HALF_MARGIN, b / HALF_MARGIN**3, c / HALF_MARGIN**5) for a, b, c in SCHEDULE[1:]))
+"""The polynomials of what is divided by ``HALF_MARGIN`` before each; before the first, the ceiling is."""
+
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which norms and directions are computed: float32 for half precision, else the tensor's own."""
@@ -70,35 +73,45 @@ def polar(matrix: Float[Tensor, "*batch rows cols"], *, half: bool = False) -> F
         largest of them; less for smaller ones. Above 1 by at most
         rounding: 1e-5 in float32, 1e-9 in float64, and one rounding to the nearest for half precision.
     """
-    wide = _wide(matrix)
-    x, _ = rescale(wide.to(working_dtype(matrix.dtype)), (-2, -1))
+    wide, working = _wide(matrix), working_dtype(matrix.dtype)
+    x, _ = rescale(wide.to(working), (-2, -1))
+    # products in TF32 or of bfloat16 parts round like half precision, whatever their operands
+    rough = half or (working == torch.float32 and not _exact_products())
+    if half:
+        x = x.to(torch.bfloat16)
     gram = x @ x.mT
     # ‖XXᵀ‖_F^(1/2) is the Schatten 4-norm: at least the largest singular value, and tighter than ‖X‖_F
-    ceiling = torch.linalg.matrix_norm(gram, keepdim=True).sqrt() * (1 + 16 * torch.finfo(x.dtype).eps)
+    ceiling = torch.linalg.matrix_norm(gram, keepdim=True, dtype=working).sqrt()
+    ceiling = ceiling * (HALF_MARGIN if rough else 1 + 16 * torch.finfo(working).eps)
     ceiling = ceiling.masked_fill(ceiling == 0, 1.0)
-    x, gram = x / ceiling, gram / ceiling.square()
-    if half:
-        x = _in_bfloat16(x)
-    elif x.shape[-1] >= GRAM_SIDE * x.shape[-2]:
+    x, gram = (x / ceiling).to(x.dtype), (gram / ceiling.square()).to(x.dtype)
+    if not rough and x.shape[-1] >= GRAM_SIDE * x.shape[-2]:
         for index, group in enumerate(GROUPS):
             x = _factor(gram if index == 0 else x @ x.mT, group) @ x
     else:
-        for index, (a, b, c) in enumerate(SCHEDULE):
-            if index > 0:
-                gram = x @ x.mT
-            x = a * x + (b * gram + c * (gram @ gram)) @ x
-    orthogonal = x.to(matrix.dtype)
+        for index, (a, b, c) in enumerate(ROUGH_SCHEDULE if rough else SCHEDULE):
+            x = _step(x, gram if index == 0 else x @ x.mT, a, b, c)
+    orthogonal = (x.to(working) / HALF_MARGIN if rough else x).to(matrix.dtype)
     return orthogonal if wide is matrix else orthogonal.mT
 
 
-def _in_bfloat16(x: Float[Tensor, "*batch short long"]) -> Float[Tensor, "*batch short long"]:
-    """The polynomials with room for rounding: what enters each is divided by ``HALF_MARGIN``, and so is the result."""
-    y = x
-    for a, b, c in SCHEDULE:
-        y = (y / HALF_MARGIN).to(torch.bfloat16)
-        gram = y @ y.mT
-        y = a * y + (b * gram + c * (gram @ gram)) @ y
-    return y.to(x.dtype) / HALF_MARGIN
+@torch.compiler.assume_constant_result
+def _exact_products() -> bool:
+    """Whether products of float32 matrices are rounded to float32 alone."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def _step(
+    x: Float[Tensor, "*batch short long"], gram: Float[Tensor, "*batch short short"], a: float, b: float, c: float
+) -> Float[Tensor, "*batch short long"]:
+    """aX + bGX + cG²X, in two products that add what they are added to: nothing of the matrix's size is made in between."""
+    if x.ndim < 3:
+        inner = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        return torch.addmm(x, inner, x, beta=a)
+    batch, flat = x.shape, x.reshape(-1, *x.shape[-2:])
+    gram = gram.reshape(-1, *gram.shape[-2:])
+    inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    return torch.baddbmm(flat, inner, flat, beta=a).reshape(batch)
 
 
 def polar_of_each(
