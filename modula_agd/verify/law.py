@@ -81,12 +81,14 @@ class Law(ABC):
     def __call__(self, subject: Any, draw: Any, where: Device = Device()) -> Measurement:  # noqa: B008 (immutable)
         """The measurement on a draw, after its attack if it has one."""
         tensors = self.tensors(subject, draw)
-        if getattr(draw, "attack", 0):
-            # the fused kernels of attention have no second derivative, which an attack on a gradient needs
-            with sdpa_kernel(SDPBackend.MATH):
-                tensors = self._attacked(subject, draw, tensors, where)
-        with torch.no_grad():
-            return self.measure(subject, draw, tensors, where)
+        # convolutions would round to TF32, eleven bits, on their own: a slack is that of the dtype
+        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+            if getattr(draw, "attack", 0):
+                # the fused kernels of attention have no second derivative, which an attack on a gradient needs
+                with sdpa_kernel(SDPBackend.MATH):
+                    tensors = self._attacked(subject, draw, tensors, where)
+            with torch.no_grad():
+                return self.measure(subject, draw, tensors, where)
 
     def _attacked(self, subject: Any, draw: Any, tensors: dict[str, Tensor], where: Device) -> dict[str, Tensor]:
         """A few steps of gradient ascent on log lhs − log rhs, each a tenth of every tensor's own size."""
