@@ -14,9 +14,6 @@ from modula_agd.space import finite
 MOMENTUM = 0.95
 """β where nothing else is asked for; 0.8, 0.9 and 0.98 were behind where they were tried (docs/benchmarks.md)."""
 
-RELAXATION = 1.5
-"""Multiple of the minimiser where curvature is measured: halfway between the least loss along a step, by a quadratic, and no fall."""
-
 
 def agd(
     network: Network,
@@ -35,6 +32,7 @@ def agd(
     relaxation: float | Literal["auto"] = "auto",
     precision: Literal["auto", "full", "half"] = "auto",
     curvature: Literal["auto", "measured", "declared"] = "auto",
+    balance: Literal["auto", "measured", "declared"] = "auto",
 ) -> Method:
     """A method without a learning rate, derived from what the network and the loss declare.
 
@@ -57,13 +55,15 @@ def agd(
             on a CPU; a number above 1 cuts the graph of compiled code.
         decay: λ ≥ 0, relative weight decay: a weight of norm ω loses λ·m·t of itself while it moves by m·t·ω, so that its norm
             tends to at most size/λ. Counted in the growth, which the step is then shorter by.
-        relaxation: multiple > 0 of the majorant's minimiser that a step goes; "auto" is 1.5 where curvature is measured (1 for a captured
-            model, whose bound is as tight as it is uncertain), else 1.
-            Above 1 it is assumed, not derived, that the loss bears it.
+        relaxation: multiple > 0 of the majorant's minimiser that a step goes. "auto" is, where curvature is measured, 2
+            less the share of the measured descents that is no noise (``held_out.py``), but 1 for a captured model, whose bound is as
+            tight as it is uncertain; 1 elsewhere. Above 1 it is assumed, not derived, that the loss bears it.
         precision: in which polar factors are iterated: "half" is bfloat16, whatever the weights; "full" float32, or float64 of
             such weights. "auto" is half on CUDA, but for float64, and full elsewhere.
         curvature: of the loss bound: "measured", as past steps found it (``curvature.py``), which keeps each weight's last direction
             (one more buffer of its size), or "declared". "auto" is measured where there is momentum.
+        balance: of the weights' steps: "measured", by how much of its slope each was seen to use up (``balance.py``), or "declared", equal
+            relative steps times masses. "auto" is measured where curvature is, but for a captured model.
 
     Raises:
         InvalidArgument: an option is unknown, or contradicts the search.
@@ -92,6 +92,7 @@ def agd(
         ("nonfinite", nonfinite, ("raise", "skip")),
         ("precision", precision, ("auto", "full", "half")),
         ("curvature", curvature, ("auto", "measured", "declared")),
+        ("balance", balance, ("auto", "measured", "declared")),
     ):
         if value not in allowed:
             raise InvalidArgument(f"agd was given {what}={value!r}; choose one of {allowed}")
@@ -129,14 +130,18 @@ def agd(
             "a certified search was combined with decay, which raises the loss where it pulls against the gradient. "
             "Leave decay out."
         )
-    if curvature == "measured" and momentum is None:
-        raise InvalidArgument(
-            "agd was given a measured curvature without momentum, where no gradient is fresh to the directions. Leave curvature out."
-        )
+    for what, value in (("curvature", curvature), ("balance", balance)):
+        if value == "measured" and momentum is None:
+            raise InvalidArgument(
+                f"agd was given a measured {what} without momentum, where no gradient is fresh to the directions. Leave {what} out."
+            )
     if curvature == "auto":
         curvature = "declared" if momentum is None else "measured"
+    if balance == "auto":
+        balance = "declared" if network.captured else curvature
+    by_noise = relaxation == "auto" and curvature == "measured" and not network.captured
     if relaxation == "auto":
-        relaxation = RELAXATION if curvature == "measured" and not network.captured else 1.0
+        relaxation = 1.0
     if not (finite(relaxation) and relaxation > 0):
         raise InvalidArgument(f"agd was given relaxation={relaxation!r}, which must be a finite number > 0")
     if relaxation != 1 and search.needs_evidence:
@@ -159,9 +164,10 @@ def agd(
         mean,
         period,
         float(decay),
-        float(relaxation),
+        None if by_noise else float(relaxation),
         precision,
         curvature,
+        balance,
     )
     method._conversion()
     search.check(network.bound(0.0, magnitude=magnitude, constants=constants))

@@ -158,7 +158,8 @@ def explain(
         )
     sensitivities = method.sensitivities(state)
     depth = sum(sensitivities.values()) or 1.0
-    t, sizes, pairs = float(state.t), state.sizes.tolist(), state.descents.tolist()
+    t, sizes, pairs = float(state.t), (state.sizes * state.portions).tolist(), state.descents.tolist()
+    portions = dict(zip(method.atoms, state.portions.tolist(), strict=True))
     total = sum(abs(mass * size * pair) for mass, size, pair in zip(method.masses.values(), sizes, pairs, strict=True))
     made, finite = int(state.steps) > 0, math.isfinite(float(state.descent))
     shares = []
@@ -169,7 +170,7 @@ def explain(
         gives = mass * size * pair / total if total else 0.0
         costs = sensitivities[name] / depth
         signal = pair / dual if dual else 0.0
-        length = mass * t if pair and finite else 0.0
+        length = portions[name] * mass * t if pair and finite else 0.0
         multiplier = (multipliers or {}).get(name, 1.0)
         moved, decayed = multiplier * length, min(multiplier * min(method.decay * length, 1.0), 1.0)
         if made and finite:
@@ -214,7 +215,7 @@ def scalars(method: Method, state: State, multipliers: Mapping[str, float | Tens
     """
     weight, told = state.weight.clamp(min=1e-300), state.told.clamp(min=1e-300)
     smoothed = torch.where(state.weight > 0, state.smoothed / weight, state.descent)
-    moved = (state.descents != 0) * state.t
+    moved = (state.descents != 0) * state.portions * state.t
     numbers = {
         "eta": state.eta,
         "t": state.t,

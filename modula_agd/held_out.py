@@ -11,6 +11,14 @@ The expectation of s_t over the fresh batch is the true descent along u_t. As si
 One wild measurement must not set the steps of the next twenty: an s_t beyond ``OUTLIER`` root-mean-squares of those before it
 counts as that many. Where weights had outgrown their declared sizes, loss and step drove each other up without; so the mean of
 measurements rises by at most 6% a step at β_s = 0.95, and a tenfold rise takes forty.
+
+Of the same measurements follows how far beyond the minimiser a step may go. By a quadratic, twice the minimiser is the longest step
+that does not raise the loss; live weights are then no better for it, but their average is, about which they move. So a step goes
+(2 − ρ) minimisers, with
+
+    ρ = Ŝ²/mean of s²
+
+which is 1 where every batch agrees on the descent, and the step the majorant's own; it tends to 0 as descents drown in noise.
 """
 
 from collections.abc import Mapping
@@ -47,6 +55,19 @@ def measured(descent: Scalar, state: State, smoothing: float | None) -> tuple[Sc
     smoothed, scale = smoothed.lerp(cut, share), scale.lerp(cut.square(), share)
     weight = weight.lerp(torch.ones_like(weight), share)
     return torch.where(descent == 0, 0.0, smoothed / weight.clamp(min=1e-12)), smoothed, scale, weight
+
+
+def certainty(smoothed: Scalar, scale: Scalar, weight: Scalar) -> Scalar:
+    """ρ, the share of the descents' mean square that their mean has: 1 where they are all alike, 0 where they are noise alone.
+
+    Args:
+        smoothed: as ``measured`` returned it, as are the next two.
+        scale: the mean square times ``weight``.
+        weight: the sum of what has been measured.
+    """
+    known = scale > 0
+    mean = smoothed.clamp(min=0.0).square()
+    return torch.where(known, mean / torch.where(known, scale * weight, 1.0), 1.0).clamp(max=1.0)
 
 
 def begun(past: Tensor, gradient: Tensor, started: Bool[Tensor, ""]) -> Tensor:

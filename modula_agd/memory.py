@@ -24,7 +24,7 @@ from modula_agd.placement import is_spread, local, placed, spread
 from modula_agd.polar import working_dtype
 from modula_agd.state import WEIGHT_SIZED, State, complaint, not_finite, odd_tensors
 
-FORMAT = 1
+FORMAT = 2
 """Of what ``state_dict`` returns; raised when an older version could not read it."""
 NUMBERS = tuple(field for field in State._fields if field not in WEIGHT_SIZED)
 KEYS = {"momentum": "momentum_buffer", "directions": "direction", "average": "average"}

@@ -4,10 +4,10 @@ It knows no layer and no loss by name. One update:
 
 1. each atom's norm turns its gradient g_k into a unit dual direction u_k, and ⟨g_k, u_k⟩ is its share of the descent;
 2. the search minimises the majorant (``majorisation.py``), which gives one number t;
-3. each weight moves by −t·m_k·ω_k·u_k.
+3. each weight moves by −t·p_k·m_k·ω_k·u_k.
 
-On minibatches the direction and its descent are told apart (``held_out.py``), and the bound is as curved as past steps found the
-loss (``curvature.py``).
+On minibatches the direction and its descent are told apart (``held_out.py``), the bound is as curved as past steps found the
+loss (``curvature.py``), and the portions p_k, otherwise 1, are what they found of each weight (``balance.py``).
 
 All scalars stay on the device, so that a step waits for nothing.
 """
@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from modula_agd.balance import portions, weighed
 from modula_agd.bound import Bound, Number
 from modula_agd.curvature import curvature, looked_back
 from modula_agd.device import precise
@@ -28,7 +29,7 @@ from modula_agd.directions import due, period
 from modula_agd.error import InvalidArgument, UnknownBound
 from modula_agd.exchange import ALONE, Exchange
 from modula_agd.forecast import forecast
-from modula_agd.held_out import begun, measured, renewed
+from modula_agd.held_out import begun, certainty, measured, renewed
 from modula_agd.inspection import check_finite, check_parameters, check_step, check_update, loss_told
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence, Majorant, Search
@@ -49,6 +50,7 @@ class Plan(NamedTuple):
         sizes: declared ω_k.
         masses: m_k.
         periods: steps that a direction of each parameter serves.
+        depths: m_k·d_k, each parameter's part of the depth at declared sizes; empty where nobody asks.
     """
 
     points: Float[Tensor, " points"]
@@ -56,6 +58,7 @@ class Plan(NamedTuple):
     sizes: Float[Tensor, " parameters"]
     masses: Float[Tensor, " parameters"]
     periods: dict[str, int]
+    depths: Float[Tensor, " parameters"]
 
 
 class Move(NamedTuple):
@@ -64,8 +67,8 @@ class Move(NamedTuple):
     Args:
         directions: u_k of each parameter that moves.
         gradients: its gradient.
-        amounts: −t·m_k·ω_k of each parameter, 0-d.
-        shrink: λ·m_k·t, the share of a weight that decays; empty without decay.
+        amounts: −t·p_k·m_k·ω_k of each parameter, 0-d.
+        shrink: λ·p_k·m_k·t, the share of a weight that decays; empty without decay.
         finite: False where nothing may move; None where that has been looked at.
         state: the new state, but for the momentum.
     """
@@ -98,9 +101,10 @@ class Method:
     smoothing: float | None = None
     refresh: int | None = None
     decay: float = 0.0
-    relaxation: float = 1.0
+    relaxation: float | None = 1.0
     precision: Literal["auto", "full", "half"] = "auto"
     curvature: Literal["measured", "declared"] = "declared"
+    balance: Literal["measured", "declared"] = "declared"
     _plans: dict[torch.device, Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -129,8 +133,8 @@ class Method:
 
     @property
     def measures(self) -> bool:
-        """Whether the bound's curvature is replaced by what was measured along the steps taken."""
-        return self.curvature == "measured"
+        """Whether the next gradient is measured along the directions of the steps taken."""
+        return "measured" in (self.curvature, self.balance)
 
     @property
     def needs_evidence(self) -> bool:
@@ -186,7 +190,8 @@ class Method:
         numbers = {name: zero for name in State._fields if name not in WEIGHT_SIZED} | {
             "magnitude": zero + plan.bound.magnitude,
             "depth": zero + plan.bound.depth,
-            "descents": zero.expand(len(self.atoms)),
+            **dict.fromkeys(("descents", "gained", "used", "counted"), zero.expand(len(self.atoms))),
+            "portions": torch.ones_like(plan.sizes),
             "sizes": plan.sizes,
             "steps": count,
             "skipped": count,
@@ -316,6 +321,8 @@ class Method:
         device = next(iter(params.values())).device
         zero = torch.zeros((), device=device, dtype=precise(device))
         gradients = self._gradients(grads)
+        # like the directions, of the past alone: what the fresh gradient measures must not depend on it
+        parts = portions(state, self._plan(device).depths) if self.balance == "measured" else state.portions
         state, left = self._looked_back(gradients, state, exchange)
         directions, kept = self._directions(gradients, state, device, exchange)
         # a direction that serves on was measured already
@@ -325,9 +332,9 @@ class Method:
         shrinking = self._shrinking(gradients, params, device)
         pairs, shrinking = exchange.total(torch.stack((pairs, shrinking))).unbind()
 
-        sizes = self._sizes(params, device, exchange)
-        reach = sizes * self._plan(device).masses
-        descent = (reach * pairs).sum() + shrinking.sum()
+        sizes, plan = self._sizes(params, device, exchange), self._plan(device)
+        reach = sizes * plan.masses * parts
+        descent = (reach * pairs).sum() + (parts * shrinking).sum()
         finite = descent.isfinite()
         masked = self._masked(device)
         if not masked:
@@ -337,9 +344,10 @@ class Method:
         if self.momentum is not None:
             # a zero gradient means a zero step of its weight, whatever the past says
             reach = reach * (pairs != 0)
-        majorant, factor = self._majorant(usable.clamp(min=0.0), sizes, device, evidence), curvature(state)
-        best = self.search.minimum(majorant.curved(factor) if self.measures else majorant)
-        t = self.relaxation * best.t
+        majorant, factor = self._majorant(usable.clamp(min=0.0), sizes, device, evidence), self._curvature(state)
+        best = self.search.minimum(majorant if factor is None else majorant.curved(factor))
+        relaxed = 2.0 - certainty(smoothed, scale, weight) if self.relaxation is None else self.relaxation
+        t = relaxed * best.t
         # sizes or magnitudes near the ends of the number range can overflow on the way to a step, in the weights' precision too
         finite = finite & t.float().isfinite()
         if not masked:
@@ -348,7 +356,7 @@ class Method:
             # made of a gradient itself, a direction may be NaN
             kept |= {name: torch.where(finite, kept[name], 0.0) for name in kept.keys() - state.momentum.keys()}
         after = state._replace(
-            eta=self.relaxation * best.eta,
+            eta=relaxed * best.eta,
             t=t,
             descent=descent,
             change=best.change,
@@ -363,13 +371,15 @@ class Method:
             weight=weight,
             clock=state.clock + 1,
             directions=_kept(kept, state.directions, finite if masked else None),
-            due=torch.where(finite, self.relaxation * majorant.descent / factor, 0.0),
+            due=torch.where(finite, relaxed * majorant.descent / (1.0 if factor is None else factor), 0.0),
+            portions=parts,
             **forecast(state, told),
         )
         amounts = dict(zip(self.atoms, (-t * reach).unbind(), strict=True))
         # no weight passes through 0, and one with a zero gradient does not move at all
         moved = dict(zip(self.atoms, (pairs != 0).unbind(), strict=True))
-        shares = {name: (self.decay * self.masses[name] * t).clamp(max=1.0) for name in directions if self.decay}
+        lengths = dict(zip(self.atoms, (t * plan.masses * parts).unbind(), strict=True))
+        shares = {name: (self.decay * lengths[name]).clamp(max=1.0) for name in directions if self.decay}
         shrink = {name: share * moved[name] for name, share in shares.items()}
         return Move(directions, gradients, amounts, shrink, finite if masked else None, after)
 
@@ -425,7 +435,12 @@ class Method:
         left = {n: Direction(u, one).pair(gradients[n]) for n, u in state.directions.items() if n in gradients}
         pairs = exchange.total(torch.stack([left.get(name, zero) for name in self.atoms]))
         reach = state.sizes * self._plan(state.t.device).masses
-        return state._replace(**looked_back(state, pairs, reach)), left
+        seen = {**looked_back(state, pairs, reach * state.portions), **weighed(state, pairs, reach)}
+        return state._replace(**seen), left
+
+    def _curvature(self, state: State) -> Scalar | None:
+        """κ, where it is measured."""
+        return curvature(state) if self.curvature == "measured" else None
 
     def _half(self, sources: Mapping[str, Tensor], device: torch.device) -> bool:
         """Whether polar factors are iterated in bfloat16; "auto": where that is what an accelerator is fast at."""
@@ -492,7 +507,8 @@ class Method:
             # on an accelerator polar factors are cheap
             refresh = self.refresh if self.refresh is not None or device.type == "cpu" else 1
             periods = {name: period(self.norms[name], atom.shape, refresh) for name, atom in self.atoms.items()}
-            self._plans[device] = Plan(*self._evaluate({}, self.magnitude, device), sizes, masses, periods)
+            depths = masses.new_tensor(list(self._depths({}).values()) if self.balance == "measured" else [])
+            self._plans[device] = Plan(*self._evaluate({}, self.magnitude, device), sizes, masses, periods, depths)
         return self._plans[device]
 
     def _evaluate(self, sizes: Mapping[str, Number], magnitude: Number, device: torch.device) -> tuple[Tensor, Bound]:
@@ -526,8 +542,9 @@ class Method:
 
     def sensitivities(self, state: State) -> dict[str, float]:
         """m_k·d_k of each parameter: its part of the depth D = Σ_k m_k·d_k, which is linear in the masses. Waits for the device."""
-        sizes = dict(zip(self.atoms, state.sizes.tolist(), strict=True)) if self.sizes == "tracked" else {}
+        return self._depths(dict(zip(self.atoms, state.sizes.tolist(), strict=True)) if self.sizes == "tracked" else {})
 
+    def _depths(self, sizes: Mapping[str, Number]) -> dict[str, float]:
         def alone(name: str) -> float:
             only = self.network.with_masses({other: m if other == name else 0.0 for other, m in self.masses.items()})
             return float(only.bound(0.0, magnitude=self.magnitude, constants=self.constants, sizes=sizes).depth)
@@ -548,12 +565,15 @@ class Method:
             how = f"which decay sees to while steps are below {1 / self.decay:g} of a weight" if self.decay >= 1 else ""
             what = "prescribed sizes: weight norms stay at most at their declared values"
             bound = bound.assuming(", ".join(filter(None, (what, how))))
-        if self.measures:
+        if self.curvature == "measured":
             bound = bound.assuming("measured curvature: the loss stays as curved along steps as the last ones found it")
-        if self.relaxation != 1:
+        if self.balance == "measured":
             bound = bound.assuming(
-                f"relaxation: the loss bears steps of {self.relaxation:g} times the majorant's minimiser"
+                "measured balance: the growth is that of equal steps to first order, and taken to be so beyond"
             )
+        if self.relaxation != 1:
+            times = "up to 2" if self.relaxation is None else f"{self.relaxation:g}"
+            bound = bound.assuming(f"relaxation: the loss bears steps of {times} times the majorant's minimiser")
         return bound
 
 

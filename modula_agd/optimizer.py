@@ -278,7 +278,7 @@ class AGD(Lending):
         """What the step's multipliers make of the slope that it was to use up: their mean, weighed by what each weight gives."""
         if len({rate if isinstance(rate, float) else id(rate) for rate in multipliers.values()}) <= 1:
             return next(iter(multipliers.values()), 1.0)
-        masses, given = self.method.masses, move.state.descents * move.state.sizes
+        masses, given = self.method.masses, move.state.descents * move.state.sizes * move.state.portions
         parts = [(masses[name], multipliers.get(name, 0.0)) for name in self.method.atoms]
         weights = given.clamp(min=0.0) * given.new_tensor([mass for mass, _ in parts])
         rates = torch.stack([torch.as_tensor(rate, dtype=given.dtype, device=given.device) for _, rate in parts])
@@ -317,7 +317,8 @@ class AGD(Lending):
     def _look(self) -> None:
         if self._now.watched is not None and self._now.watched[1].query():
             descents, self._now.watched = self._now.watched[0], None
-            self.method.check(self.current._replace(descents=descents))
+            # all of it on the host already: the sizes of now are on the device, and may be of a later step
+            self.method.check(self.current._replace(descents=descents, sizes=torch.ones_like(descents)))
 
 
 def _held(state: State) -> State:

@@ -37,6 +37,10 @@ class State(NamedTuple):
             optimizer's multiplier is counted in.
         fallen: mean of the slope that steps did use up; 0 where curvature is not measured, as is the next.
         expected: mean of ``due``.
+        portions: p_k of each parameter: its step relative to one of equal steps.
+        gained: mean of m_k·ω_k·⟨g_k, u_k⟩ of each parameter, times ``counted``; 0 where the balance is not measured, as are the next two.
+        used: mean of what a step then used up of it, times ``counted``.
+        counted: the sum of what these two weigh.
         momentum: m of each parameter that has had a gradient; empty without momentum.
         directions: u of each parameter at the last step, kept where curvature is measured along it or it serves further steps;
             else empty.
@@ -64,6 +68,10 @@ class State(NamedTuple):
     due: Scalar
     fallen: Scalar
     expected: Scalar
+    portions: Float[Tensor, " parameters"]
+    gained: Float[Tensor, " parameters"]
+    used: Float[Tensor, " parameters"]
+    counted: Float[Tensor, " parameters"]
     momentum: dict[str, Tensor]
     directions: dict[str, Tensor]
 
@@ -72,8 +80,20 @@ WEIGHT_SIZED = ("momentum", "directions")
 """The fields that hold a tensor for each of some parameters."""
 
 
-_NEVER_NEGATIVE = ("steps", "skipped", "scale", "weight", "clock", "wander", "told", "due", "expected")
-_FINITE = (*_NEVER_NEGATIVE, "smoothed", "predicted", "realised", "fallen")
+_NEVER_NEGATIVE = (
+    "steps",
+    "skipped",
+    "scale",
+    "weight",
+    "clock",
+    "wander",
+    "told",
+    "due",
+    "expected",
+    "portions",
+    "counted",
+)
+_FINITE = (*_NEVER_NEGATIVE, "smoothed", "predicted", "realised", "fallen", "gained", "used")
 
 
 def complaint(found: Mapping[str, object], like: State) -> str | None:
@@ -93,10 +113,10 @@ def complaint(found: Mapping[str, object], like: State) -> str | None:
         if value.is_floating_point() != here.is_floating_point() or value.is_complex():
             return f"its {name} is of {value.dtype}, where {here.dtype} belongs"
         # of the others, a skipped step may rightly have left NaN
-        if name in _FINITE and not bool(value.isfinite()):
-            return f"its {name} is {value.item()}"
-        if name in _NEVER_NEGATIVE and value.item() < 0:
-            return f"its {name} is {value.item()}, which is never negative"
+        if name in _FINITE and not bool(value.isfinite().all()):
+            return f"its {name} is {value.tolist()}"
+        if name in _NEVER_NEGATIVE and bool((value < 0).any()):
+            return f"its {name} is {value.tolist()}, which is never negative"
     return None
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from modula_agd import AGD, MLP, CrossEntropy, InvalidArgument, Logits, ResNet8, SquareLoss
 from modula_agd.averaging import POWER, average_, averaged, share
+from modula_agd.memory import FORMAT
 from support import gaussian, same, seeded
 
 NET = MLP(Logits(3), 6, 4, 2)
@@ -198,7 +199,7 @@ def test_running_statistics_are_found_where_the_model_has_them_now() -> None:
         (lambda d: d["param_groups"][0]["agd"].update({"buffers": {"x": torch.zeros(1)}}), "average lacks 'x'"),
         (lambda d: d["param_groups"][0].update({"agd": None}), "no state of AGD"),
         (lambda d: d["param_groups"][0].pop("agd"), "older version"),
-        (lambda d: d["param_groups"][0]["agd"].update(format=2), "newer version"),
+        (lambda d: d["param_groups"][0]["agd"].update(format=FORMAT + 1), "newer version"),
         (lambda d: d["param_groups"][0]["agd"].pop("format"), "newer version"),
         (lambda d: d.update({"param_groups": None}), "no state of AGD"),
         (lambda d: d["param_groups"][0].pop("lr"), "lr"),

@@ -43,7 +43,7 @@ def moved(params: dict[str, Tensor], updates: dict[str, Tensor]) -> dict[str, Te
 
 def test_thirty_steps_equal_a_slow_reference() -> None:
     """Written from the formulas alone, with lists of all that was measured."""
-    method = agd(NET, SquareLoss(), momentum=BETA, relaxation=1.5)
+    method = agd(NET, SquareLoss(), momentum=BETA, relaxation=1.5, balance="declared")
     params = NET.init(0, dtype=torch.float64)
     state, momentum, directions = method.init(params), {}, {}
     slopes: list[float] = []

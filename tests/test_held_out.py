@@ -27,7 +27,7 @@ from modula_agd import (
     agd,
     residual,
 )
-from modula_agd.held_out import OUTLIER
+from modula_agd.held_out import OUTLIER, certainty, measured
 from modula_agd.train import task
 
 NET = Linear(3, 6) @ Tanh() @ Linear(6, 4)
@@ -126,6 +126,47 @@ def test_steps_shrink_where_gradients_are_noise_alone() -> None:
     assert total[held] < 0.4 * total[direct]
 
 
+def test_a_step_goes_to_the_minimiser_where_descents_agree_and_twice_as_far_where_they_are_noise() -> None:
+    """(2 − ρ) minimisers, ρ = Ŝ²/mean of s², against the lists of all descents."""
+    method = agd(NET, SquareLoss(), momentum=BETA)
+    exact = agd(NET, SquareLoss(), momentum=BETA, relaxation=1.0)
+    params = NET.init(0, dtype=torch.float64)
+    state, seen, shares = method.init(params), [], []
+    for step in range(40):
+        grads = gradients(method, params, *batch(step))
+        plain = exact.update(grads, state, params)[1]
+        _, state = method.update(grads, state, params)
+        spread = math.sqrt(
+            math.fsum(BETA ** (len(seen) - 1 - i) * s * s for i, s in enumerate(seen)) / (weights(seen) or 1)
+        )
+        raw = float(state.descent)
+        seen.append(max(min(raw, OUTLIER * spread), -OUTLIER * spread) if seen else raw)
+        mean, square = (
+            math.fsum(BETA ** (len(seen) - 1 - i) * s**power for i, s in enumerate(seen)) / weights(seen)
+            for power in (1, 2)
+        )
+        shares.append(max(mean, 0.0) ** 2 / square)
+        assert float(state.t) == pytest.approx((2 - shares[-1]) * float(plain.t), rel=1e-9)
+    assert shares[0] == 1
+    assert min(shares) < 0.9
+    assert all(0 <= share <= 1 for share in shares)
+
+
+def weights(seen: list[float]) -> float:
+    return math.fsum(BETA**i for i in range(len(seen)))
+
+
+@pytest.mark.parametrize(
+    ("descents", "low", "high"), [([1.0] * 50, 1, 1), ([-1.0] * 50, 0, 0), ([1.0, -1.0] * 200, 0, 0.01)]
+)
+def test_certainty(descents: list[float], low: float, high: float) -> None:
+    state = agd(NET, SquareLoss()).init(NET.init(0))
+    for s in descents:
+        _, *counted = measured(torch.tensor(s, dtype=torch.float64), state, 0.95)
+        state = state._replace(smoothed=counted[0], scale=counted[1], weight=counted[2])
+    assert low - 1e-9 <= float(certainty(*counted)) <= high + 1e-9
+
+
 def test_an_outlier_counts_as_so_many_root_mean_squares() -> None:
     method = agd(NET, SquareLoss(), momentum=BETA)
     params = NET.init(0, dtype=torch.float64)
@@ -166,7 +207,7 @@ def test_state_is_buffers_of_the_weights_size_and_scalars(curvature, buffers: in
     _, state = method.update(gradients(method, params, *[x.float() for x in batch(0)]), method.init(params), params)
     weights = sum(weight.numel() for weight in params.values())
     assert sum(value.numel() for value in state.momentum.values()) == weights
-    assert sum(value.numel() for value in tree_leaves(state)) <= buffers * weights + 2 * len(params) + 21
+    assert sum(value.numel() for value in tree_leaves(state)) <= buffers * weights + 6 * len(params) + 21
     assert method.init(params).momentum == {}
 
 

@@ -27,6 +27,7 @@ from modula_agd import (
     agd,
 )
 from modula_agd.holder import FOREIGN
+from modula_agd.memory import FORMAT
 from support import DTYPES, gaussian, same
 
 NET = MLP(Logits(3), 5, 4, 3, bias=True)
@@ -329,7 +330,7 @@ def test_the_state_follows_the_model_to_another_dtype_and_back() -> None:
         assert all(weight.dtype == dtype and weight.isfinite().all() for weight in model.parameters())
 
 
-@pytest.mark.parametrize("tell", [{"format": 2}, {"format": "new"}])
+@pytest.mark.parametrize("tell", [{"format": FORMAT + 1}, {"format": "new"}])
 def test_a_newer_state_says_so(tell) -> None:
     _, optimizer = made()
     saved = copy.deepcopy(optimizer.state_dict())
