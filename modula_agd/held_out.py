@@ -14,9 +14,9 @@ measurements rises by at most 6% a step at β_s = 0.95, and a tenfold rise takes
 
 Of the same measurements follows how far beyond the minimiser a step may go. By a quadratic, twice the minimiser is the longest step
 that does not raise the loss; live weights are then no better for it, but their average is, about which they move. So a step goes
-(2 − ρ) minimisers, with
+(2 − q) minimisers, with
 
-    ρ = Ŝ²/mean of s²
+    q = Ŝ²/mean of s²
 
 which is 1 where every batch agrees on the descent, and the step the majorant's own; it tends to 0 as descents drown in noise.
 """
@@ -58,7 +58,7 @@ def measured(descent: Scalar, state: State, smoothing: float | None) -> tuple[Sc
 
 
 def certainty(smoothed: Scalar, scale: Scalar, weight: Scalar) -> Scalar:
-    """ρ, the share of the descents' mean square that their mean has: 1 where they are all alike, 0 where they are noise alone.
+    """q, the share of the descents' mean square that their mean has: 1 where they are all alike, 0 where they are noise alone.
 
     Args:
         smoothed: as ``measured`` returned it, as are the next two.

@@ -60,7 +60,9 @@ class Atom(Module, ABC):
 
     def __post_init__(self) -> None:
         kind = type(self).__name__
-        if not (isinstance(self.mass, int | float) and self.mass >= 0 and math.isfinite(self.mass)):
+        # a tensor of masses asks for several depths at once (``Method.sensitivities``)
+        alone = not isinstance(self.mass, Tensor)
+        if alone and not (isinstance(self.mass, int | float) and self.mass >= 0 and math.isfinite(self.mass)):
             raise InvalidArgument(f"{kind} was given mass {self.mass!r}; a mass is a finite number ≥ 0")
         if not (isinstance(self.size, int | float) and self.size > 0 and math.isfinite(self.size)):
             raise InvalidArgument(f"{kind} was given size {self.size!r}; a size is a finite number > 0")

@@ -545,11 +545,11 @@ class Method:
         return self._depths(dict(zip(self.atoms, state.sizes.tolist(), strict=True)) if self.sizes == "tracked" else {})
 
     def _depths(self, sizes: Mapping[str, Number]) -> dict[str, float]:
-        def alone(name: str) -> float:
-            only = self.network.with_masses({other: m if other == name else 0.0 for other, m in self.masses.items()})
-            return float(only.bound(0.0, magnitude=self.magnitude, constants=self.constants, sizes=sizes).depth)
-
-        return {name: alone(name) for name in self.atoms}
+        # as many networks at once as there are parameters, each with the mass of one of them alone
+        alone = torch.diag(torch.tensor(list(self.masses.values()), dtype=torch.float64))
+        networks = self.network.massed(dict(zip(self.atoms, alone.unbind(), strict=True)))
+        depth = networks.bound(0.0, magnitude=self.magnitude, constants=self.constants, sizes=sizes).depth
+        return dict(zip(self.atoms, torch.as_tensor(depth).expand(len(alone)).tolist(), strict=True))
 
     def certificate(self) -> Bound:
         """The network's bound at t = 0 with the loss's own constants counted in: the grade of the whole, and what it assumes."""

@@ -127,7 +127,7 @@ def test_steps_shrink_where_gradients_are_noise_alone() -> None:
 
 
 def test_a_step_goes_to_the_minimiser_where_descents_agree_and_twice_as_far_where_they_are_noise() -> None:
-    """(2 − ρ) minimisers, ρ = Ŝ²/mean of s², against the lists of all descents."""
+    """(2 − q) minimisers, q = Ŝ²/mean of s², against the lists of all descents."""
     method = agd(NET, SquareLoss(), momentum=BETA)
     exact = agd(NET, SquareLoss(), momentum=BETA, relaxation=1.0)
     params = NET.init(0, dtype=torch.float64)
