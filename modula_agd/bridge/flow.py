@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from modula_agd import bound as algebra
 from modula_agd.bound import Bound, Grade, Number, larger, source
 from modula_agd.bridge.capture import Captured
@@ -102,7 +104,8 @@ class Call:
             return any(map(self.moves, argument))
         value = self.known.get(argument) if isinstance(argument, Ref) else None
         if isinstance(value, Leaf):
-            return self.flow.weights[value.name].mass > 0
+            # masses may be those of several questions at once
+            return bool(torch.as_tensor(self.flow.weights[value.name].mass > 0).any())
         return value is not None
 
     def bound(self, argument: Any) -> Bound:
