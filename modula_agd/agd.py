@@ -53,17 +53,18 @@ def agd(
         refresh: steps ≥ 1 that a spectral direction serves where there is momentum; above 1 each is kept, which is one more
             buffer of the weight's size. "auto" is 1 on an accelerator, in compiled code and for short sides below 128, and up to 8
             on a CPU; a number above 1 cuts the graph of compiled code.
-        decay: λ ≥ 0, relative weight decay: a weight of norm ω loses λ·m·t of itself while it moves by m·t·ω, so that its norm
+        decay: λ ≥ 0, relative weight decay: a weight of norm ω loses λ·p·m·t of itself while it moves by p·m·t·ω, so that its norm
             tends to at most size/λ. Counted in the growth, which the step is then shorter by.
-        relaxation: multiple > 0 of the majorant's minimiser that a step goes. "auto" is, where curvature is measured, 2
-            less the share of the measured descents that is no noise (``held_out.py``), but 1 for a captured model, whose bound is as
-            tight as it is uncertain; 1 elsewhere. Above 1 it is assumed, not derived, that the loss bears it.
+        relaxation: multiple > 0 of the majorant's minimiser that a step goes. "auto" is, where curvature is measured,
+            between 1 and 2, the longer the less steady the measured descents are (``held_out.py``), but 1 for a captured model,
+            whose bound is as tight as it is uncertain; 1 elsewhere. Above 1 it is assumed, not derived, that the loss bears it.
         precision: in which polar factors are iterated: "half" is bfloat16, whatever the weights; "full" float32, or float64 of
             such weights. "auto" is half on CUDA, but for float64, and full elsewhere.
         curvature: of the loss bound: "measured", as past steps found it (``curvature.py``), which keeps each weight's last direction
             (one more buffer of its size), or "declared". "auto" is measured where there is momentum.
         balance: of the weights' steps: "measured", by how much of its slope each was seen to use up (``balance.py``), or "declared", equal
-            relative steps times masses. "auto" is measured where curvature is, but for a captured model.
+            relative steps times masses. "auto" is measured where curvature is, but for a captured model, and for tracked sizes and a
+            closed form, whose growth portions would change.
 
     Raises:
         InvalidArgument: an option is unknown, or contradicts the search.
@@ -137,8 +138,14 @@ def agd(
             )
     if curvature == "auto":
         curvature = "declared" if momentum is None else "measured"
+    fixed = sizes == "tracked" or isinstance(search, ClosedForm)
     if balance == "auto":
-        balance = "declared" if network.captured else curvature
+        balance = "declared" if network.captured or fixed else curvature
+    if balance == "measured" and fixed:
+        raise InvalidArgument(
+            f"agd was given a measured balance with {search!r} and {sizes} sizes, but portions keep the growth of exact growth at declared "
+            "sizes alone. Leave balance out."
+        )
     by_noise = relaxation == "auto" and curvature == "measured" and not network.captured
     if relaxation == "auto":
         relaxation = 1.0

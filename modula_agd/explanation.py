@@ -2,9 +2,9 @@
 
 A step t lowers the loss by t·S, S = Σ_k m_k·ω_k·⟨g_k, u_k⟩, and the majorant takes back what the network's growth may do, of
 which the slope at 0 is the depth D = Σ_k m_k·d_k: d_k is how often a relative change of weight k arrives at the output. So a
-weight *gives* m_k·ω_k·⟨g_k, u_k⟩/Σ|…| of the descent and *costs* m_k·d_k/D of the growth. The descent along directions made of past
-gradients, divided by what those gradients themselves promise, ⟨m_k, u_k⟩, tells signal from noise: about 1 is all signal, about 0 all
-noise; being of one batch, it is as noisy as that batch.
+weight with the portion p_k of a step *gives* p_k·m_k·ω_k·⟨g_k, u_k⟩/Σ|…| of the descent and *costs* p_k·m_k·d_k/D of the growth. The
+descent along directions made of past gradients, divided by what those gradients themselves promise, ⟨m_k, u_k⟩, tells signal from
+noise: about 1 is all signal, about 0 all noise; being of one batch, it is as noisy as that batch.
 """
 
 import math
@@ -39,7 +39,7 @@ class Share:
         descent: ⟨g, u⟩, what the fresh gradient measures along the direction.
         signal: descent/dual; 1 is no noise. Without momentum the two are the same.
         gives: share of the descent, negative where it raises the loss; their absolute values add up to 1.
-        costs: share of the depth D.
+        costs: share of the growth to first order.
         moved: ‖ΔW‖/ω along the direction, the relative step of this weight, the optimizer's multiplier counted in.
         decayed: share of itself that the weight lost beside it, from 0 to 1.
         held_back_by: what bounds it, in words.
@@ -156,10 +156,10 @@ def explain(
             f"explain was given the state of {what}, but its method has the parameters {', '.join(method.atoms)}. Pass the state that "
             "this method's update returned."
         )
-    sensitivities = method.sensitivities(state)
-    depth = sum(sensitivities.values()) or 1.0
     t, sizes, pairs = float(state.t), (state.sizes * state.portions).tolist(), state.descents.tolist()
     portions = dict(zip(method.atoms, state.portions.tolist(), strict=True))
+    sensitivities = {name: portions[name] * depth for name, depth in method.sensitivities(state).items()}
+    depth = sum(sensitivities.values()) or 1.0
     total = sum(abs(mass * size * pair) for mass, size, pair in zip(method.masses.values(), sizes, pairs, strict=True))
     made, finite = int(state.steps) > 0, math.isfinite(float(state.descent))
     shares = []
@@ -192,7 +192,7 @@ def explain(
         smoothed,
         float(state.depth),
         float(state.magnitude),
-        float(curvature(state)),
+        float(curvature(state)) if method.curvature == "measured" else 1.0,
         -float(state.change),
         predicted,
         realised,
@@ -223,7 +223,7 @@ def scalars(method: Method, state: State, multipliers: Mapping[str, float | Tens
         "smoothed": smoothed,
         "depth": state.depth,
         "magnitude": state.magnitude,
-        "curvature": curvature(state) if method.measures else torch.ones_like(state.t),
+        "curvature": curvature(state) if method.curvature == "measured" else torch.ones_like(state.t),
         "promised": -state.change,
         "predicted": state.predicted / told,
         "realised": state.realised / told,

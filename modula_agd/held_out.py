@@ -18,7 +18,8 @@ that does not raise the loss; live weights are then no better for it, but their 
 
     q = Ŝ²/mean of s²
 
-which is 1 where every batch agrees on the descent, and the step the majorant's own; it tends to 0 as descents drown in noise.
+which is 1 where descents are all alike, and the step the majorant's own; it tends to 0 where they come to nothing in the mean, by
+the noise of batches or as weights go back and forth across a valley.
 """
 
 from collections.abc import Mapping
@@ -57,8 +58,8 @@ def measured(descent: Scalar, state: State, smoothing: float | None) -> tuple[Sc
     return torch.where(descent == 0, 0.0, smoothed / weight.clamp(min=1e-12)), smoothed, scale, weight
 
 
-def certainty(smoothed: Scalar, scale: Scalar, weight: Scalar) -> Scalar:
-    """q, the share of the descents' mean square that their mean has: 1 where they are all alike, 0 where they are noise alone.
+def steadiness(smoothed: Scalar, scale: Scalar, weight: Scalar) -> Scalar:
+    """q, the share of the descents' mean square that their mean has: 1 where they are all alike, 0 where they come to nothing.
 
     Args:
         smoothed: as ``measured`` returned it, as are the next two.

@@ -4,7 +4,7 @@
 
 * "begun": 1 once p has had a gradient, 0 before; what follows means nothing while it is 0;
 * "momentum_buffer": m of p's shape, where there is momentum; float32 for half precision;
-* "direction": u of p's shape, where curvature is measured along it or one direction serves several steps;
+* "direction": u of p's shape, where curvature or balance is measured along it, or one direction serves several steps;
 * "average": w̄ of p's shape, where weights are averaged; float32 for half precision.
 
 ``param_groups[0]["agd"]``: "format", the numbers of ``State`` by their names, "buffers", the averaged running statistics by name, and
@@ -106,6 +106,12 @@ def read(
             "Load the state that AGD saved for the same network."
         )
     found = numbers.get("format")
+    if isinstance(found, int) and found < FORMAT:
+        raise InvalidArgument(
+            f"load_state_dict was given a state of format {found}, which an older version of modula_agd wrote; this one goes on "
+            f"from format {FORMAT} alone, as steps are divided among the weights by what is measured since. Load the weights and start the "
+            "optimizer anew."
+        )
     if not isinstance(found, int) or found > FORMAT:
         raise InvalidArgument(
             f"load_state_dict was given a state of format {found!r}, which a newer version of modula_agd wrote; this one reads formats up "

@@ -29,7 +29,7 @@ from modula_agd.directions import due, period
 from modula_agd.error import InvalidArgument, UnknownBound
 from modula_agd.exchange import ALONE, Exchange
 from modula_agd.forecast import forecast
-from modula_agd.held_out import begun, certainty, measured, renewed
+from modula_agd.held_out import begun, measured, renewed, steadiness
 from modula_agd.inspection import check_finite, check_parameters, check_step, check_update, loss_told
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence, Majorant, Search
@@ -191,7 +191,7 @@ class Method:
             "magnitude": zero + plan.bound.magnitude,
             "depth": zero + plan.bound.depth,
             **dict.fromkeys(("descents", "gained", "used", "counted"), zero.expand(len(self.atoms))),
-            "portions": torch.ones_like(plan.sizes),
+            **dict.fromkeys(("portions", "rates"), torch.ones_like(plan.sizes)),
             "sizes": plan.sizes,
             "steps": count,
             "skipped": count,
@@ -346,7 +346,7 @@ class Method:
             reach = reach * (pairs != 0)
         majorant, factor = self._majorant(usable.clamp(min=0.0), sizes, device, evidence), self._curvature(state)
         best = self.search.minimum(majorant if factor is None else majorant.curved(factor))
-        relaxed = 2.0 - certainty(smoothed, scale, weight) if self.relaxation is None else self.relaxation
+        relaxed = 2.0 - steadiness(smoothed, scale, weight) if self.relaxation is None else self.relaxation
         t = relaxed * best.t
         # sizes or magnitudes near the ends of the number range can overflow on the way to a step, in the weights' precision too
         finite = finite & t.float().isfinite()
@@ -373,6 +373,7 @@ class Method:
             directions=_kept(kept, state.directions, finite if masked else None),
             due=torch.where(finite, relaxed * majorant.descent / (1.0 if factor is None else factor), 0.0),
             portions=parts,
+            rates=torch.ones_like(parts),
             **forecast(state, told),
         )
         amounts = dict(zip(self.atoms, (-t * reach).unbind(), strict=True))
@@ -435,8 +436,9 @@ class Method:
         left = {n: Direction(u, one).pair(gradients[n]) for n, u in state.directions.items() if n in gradients}
         pairs = exchange.total(torch.stack([left.get(name, zero) for name in self.atoms]))
         reach = state.sizes * self._plan(state.t.device).masses
-        seen = {**looked_back(state, pairs, reach * state.portions), **weighed(state, pairs, reach)}
-        return state._replace(**seen), left
+        fallen = looked_back(state, pairs, reach * state.portions) if self.curvature == "measured" else {}
+        used = weighed(state, pairs, reach) if self.balance == "measured" else {}
+        return state._replace(**fallen, **used), left
 
     def _curvature(self, state: State) -> Scalar | None:
         """κ, where it is measured."""
@@ -545,11 +547,20 @@ class Method:
         return self._depths(dict(zip(self.atoms, state.sizes.tolist(), strict=True)) if self.sizes == "tracked" else {})
 
     def _depths(self, sizes: Mapping[str, Number]) -> dict[str, float]:
+        options: dict[str, Any] = {"magnitude": self.magnitude, "constants": self.constants, "sizes": sizes}
+
+        def depth(masses: Mapping[str, Any]) -> Number:
+            return self.network.massed(masses).bound(0.0, **options).depth
+
         # as many networks at once as there are parameters, each with the mass of one of them alone
         alone = torch.diag(torch.tensor(list(self.masses.values()), dtype=torch.float64))
-        networks = self.network.massed(dict(zip(self.atoms, alone.unbind(), strict=True)))
-        depth = networks.bound(0.0, magnitude=self.magnitude, constants=self.constants, sizes=sizes).depth
-        return dict(zip(self.atoms, torch.as_tensor(depth).expand(len(alone)).tolist(), strict=True))
+        try:
+            found = torch.as_tensor(depth(dict(zip(self.atoms, alone.unbind(), strict=True)))).expand(len(alone))
+        except (RuntimeError, TypeError, ValueError):
+            # a user's rule may want numbers, for max() or an if
+            rows = [dict(zip(self.atoms, row, strict=True)) for row in alone.tolist()]
+            found = torch.tensor([float(depth(row)) for row in rows])
+        return dict(zip(self.atoms, found.tolist(), strict=True))
 
     def certificate(self) -> Bound:
         """The network's bound at t = 0 with the loss's own constants counted in: the grade of the whole, and what it assumes."""

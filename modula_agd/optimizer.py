@@ -268,8 +268,8 @@ class AGD(Lending):
                     name: torch.where(move.finite, value, before.momentum.get(name, torch.zeros_like(value)))
                     for name, value in momentum.items()
                 }
-        due = move.state.due * self._reached(move, multipliers)
-        self.current = move.state._replace(momentum=momentum, due=due)
+        due, applied = move.state.due * self._reached(move, multipliers), self._applied(move, multipliers)
+        self.current = move.state._replace(momentum=momentum, due=due, rates=applied)
         self._now.applied = multipliers
         self._renew_average()
         reshard(self._inner)
@@ -278,12 +278,20 @@ class AGD(Lending):
         """What the step's multipliers make of the slope that it was to use up: their mean, weighed by what each weight gives."""
         if len({rate if isinstance(rate, float) else id(rate) for rate in multipliers.values()}) <= 1:
             return next(iter(multipliers.values()), 1.0)
-        masses, given = self.method.masses, move.state.descents * move.state.sizes * move.state.portions
-        parts = [(masses[name], multipliers.get(name, 0.0)) for name in self.method.atoms]
-        weights = given.clamp(min=0.0) * given.new_tensor([mass for mass, _ in parts])
-        rates = torch.stack([torch.as_tensor(rate, dtype=given.dtype, device=given.device) for _, rate in parts])
+        given = move.state.descents * move.state.sizes * move.state.portions
+        weights = given.clamp(min=0.0) * given.new_tensor(list(self.method.masses.values()))
         total = weights.sum()
-        return torch.where(total > 0, (weights * rates).sum() / torch.where(total > 0, total, 1.0), 1.0)
+        mean = (weights * self._applied(move, multipliers)).sum() / torch.where(total > 0, total, 1.0)
+        return torch.where(total > 0, mean, 1.0)
+
+    def _applied(self, move: Move, multipliers: Mapping[str, float | Tensor]) -> Tensor:
+        """The multiplier of each parameter, 0 of one that is in no group."""
+        like, rates = move.state.portions, [multipliers.get(name, 0.0) for name in self.method.atoms]
+        numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
+        if len(numbers) == len(rates) and len(set(numbers)) == 1:
+            # nothing to upload
+            return torch.full_like(like, numbers[0])
+        return torch.stack([torch.as_tensor(rate, dtype=like.dtype, device=like.device) for rate in rates])
 
     def _forget(self) -> None:
         self.discard()

@@ -70,13 +70,13 @@ def polar(matrix: Float[Tensor, "*batch rows cols"], *, half: bool = False) -> F
     Returns:
         A matrix of the same shape and dtype: zero where the input is zero (or denormal); singular values within
         [0.997, 1] for those of the input above ``SMALLEST`` of its Schatten 4-norm, which is at most rank^(1/4) times the
-        largest of them; less for smaller ones. Above 1 by at most
+        largest of them; less for smaller ones, and for all where products may be rounded to TF32, as with ``half``. Above 1 by at most
         rounding: 1e-5 in float32, 1e-9 in float64, and one rounding to the nearest for half precision.
     """
     wide, working = _wide(matrix), working_dtype(matrix.dtype)
     x, _ = rescale(wide.to(working), (-2, -1))
     # products in TF32 or of bfloat16 parts round like half precision, whatever their operands
-    rough = half or (working == torch.float32 and not _exact_products())
+    rough = half or (working == torch.float32 and matrix.is_cuda and _rounds_to_tf32())
     if half:
         x = x.to(torch.bfloat16)
     gram = x @ x.mT
@@ -96,9 +96,11 @@ def polar(matrix: Float[Tensor, "*batch rows cols"], *, half: bool = False) -> F
 
 
 @torch.compiler.assume_constant_result
-def _exact_products() -> bool:
-    """Whether products of float32 matrices are rounded to float32 alone."""
-    return torch.get_float32_matmul_precision() == "highest"
+def _rounds_to_tf32() -> bool:
+    """Whether torch was told that products of float32 matrices on CUDA may be; in compiled code as it was at the compilation."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
 def _step(

@@ -15,7 +15,7 @@ class State(NamedTuple):
 
     Args:
         eta: η, relative step of the whole network, dimensionless.
-        t: relative step of an atom of mass 1, dimensionless.
+        t: relative step of an atom of mass 1 and portion 1, dimensionless.
         descent: S, first-order decrease of the loss per unit t.
         change: what the majorant predicted the loss to change by, ≤ 0.
         magnitude: a, bound of the output.
@@ -38,12 +38,13 @@ class State(NamedTuple):
         fallen: mean of the slope that steps did use up; 0 where curvature is not measured, as is the next.
         expected: mean of ``due``.
         portions: p_k of each parameter: its step relative to one of equal steps.
+        rates: what the optimizer multiplied the last step of each parameter with, ≥ 0; 1 in the pure form.
         gained: mean of m_k·ω_k·⟨g_k, u_k⟩ of each parameter, times ``counted``; 0 where the balance is not measured, as are the next two.
         used: mean of what a step then used up of it, times ``counted``.
         counted: the sum of what these two weigh.
         momentum: m of each parameter that has had a gradient; empty without momentum.
-        directions: u of each parameter at the last step, kept where curvature is measured along it or it serves further steps;
-            else empty.
+        directions: u of each parameter at the last step, kept where curvature or balance is measured along it, or it serves
+            further steps; else empty.
     """
 
     eta: Scalar
@@ -69,6 +70,7 @@ class State(NamedTuple):
     fallen: Scalar
     expected: Scalar
     portions: Float[Tensor, " parameters"]
+    rates: Float[Tensor, " parameters"]
     gained: Float[Tensor, " parameters"]
     used: Float[Tensor, " parameters"]
     counted: Float[Tensor, " parameters"]
@@ -91,6 +93,7 @@ _NEVER_NEGATIVE = (
     "due",
     "expected",
     "portions",
+    "rates",
     "counted",
 )
 _FINITE = (*_NEVER_NEGATIVE, "smoothed", "predicted", "realised", "fallen", "gained", "used")

@@ -5,8 +5,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modula_agd import AGD, MLP, CrossEntropy, InvalidArgument, Linear, Logits, SquareLoss, State, Tanh, agd
+from modula_agd import (
+    AGD,
+    MLP,
+    ClosedForm,
+    CrossEntropy,
+    InvalidArgument,
+    Linear,
+    Logits,
+    SquareLoss,
+    State,
+    Tanh,
+    agd,
+)
 from modula_agd.balance import MEMORY, RANGE, portions, weighed
+from modula_agd.bound import Gain
+from modula_agd.layer import LinearBond
 from support import gaussian
 
 NET = Linear(3, 6) @ Tanh() @ Linear(6, 4)
@@ -169,6 +183,43 @@ def test_steps_multipliers_and_decay_follow_the_portions() -> None:
         assert shares[name].decayed == pytest.approx(0.5 * p * told["t"])
 
 
+def test_a_groups_multiplier_is_not_undone() -> None:
+    """What a weight with a short step uses up counts per unit of its multiplier; one that stands still says nothing of itself."""
+    inputs, labels = gaussian(64, 4, seed=3).float(), torch.arange(64) % 3
+    portion = {}
+    for rate in (1.0, 0.1, 0.0):
+        model = DEEP.to_torch(0)
+        first, *others = model.parameters()
+        optimizer = AGD(model, CrossEntropy(), groups=[{"params": [first], "lr": rate}, {"params": others}])
+        for _ in range(40):
+            optimizer.zero_grad()
+            CrossEntropy()(model(inputs), labels).backward()
+            optimizer.step()
+        assert optimizer.current.rates.tolist() == [rate, 1, 1, 1]
+        portion[rate] = float(optimizer.current.portions[0])
+        assert (float(optimizer.current.counted[0]) > 0) == (rate > 0)
+    # left alone, a tenth of a step would look like a tenth of the curvature, and come to three times the portion
+    assert portion[0.1] < 1.5 * portion[1.0]
+
+
+class Counted(LinearBond):
+    """A rule of a user's own that looks at the depth."""
+
+    gain = Gain.exact(1.0, "nothing happens", "any")
+
+    def forward(self, x):
+        return x
+
+    def propagate(self, x, step, path=""):
+        return x if x.depth >= 0 else None
+
+
+def test_depths_of_a_network_whose_rules_want_numbers() -> None:
+    plain = Linear(3, 6) @ Linear(6, 4)
+    found = agd(Linear(3, 6) @ Counted() @ Linear(6, 4), SquareLoss())._depths({})
+    assert list(found.values()) == list(agd(plain, SquareLoss())._depths({}).values()) == [1, 1]
+
+
 def test_the_certificate_names_it_and_declared_balance_is_equal_steps() -> None:
     assumed = agd(NET, SquareLoss()).certificate().assumptions
     assert any("measured balance" in text for text in assumed)
@@ -193,6 +244,14 @@ def test_either_is_measured_without_the_other(curvature: str, balance: str) -> N
         params = {n: w + updates[n] for n, w in params.items()}
     assert bool(state.directions) == ("measured" in (curvature, balance))
     assert (state.portions.tolist() != [1, 1]) == (balance == "measured")
+
+
+@pytest.mark.parametrize("options", [{"sizes": "tracked"}, {"search": ClosedForm()}], ids=str)
+def test_equal_steps_where_portions_would_change_the_growth(options) -> None:
+    assert agd(NET, SquareLoss(), **options).balance == "declared"
+    assert agd(NET, SquareLoss(), **options).curvature == "measured"
+    with pytest.raises(InvalidArgument, match="measured balance with"):
+        agd(NET, SquareLoss(), balance="measured", **options)
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -27,7 +27,7 @@ from modula_agd import (
     agd,
     residual,
 )
-from modula_agd.held_out import OUTLIER, certainty, measured
+from modula_agd.held_out import OUTLIER, measured, steadiness
 from modula_agd.train import task
 
 NET = Linear(3, 6) @ Tanh() @ Linear(6, 4)
@@ -159,12 +159,12 @@ def weights(seen: list[float]) -> float:
 @pytest.mark.parametrize(
     ("descents", "low", "high"), [([1.0] * 50, 1, 1), ([-1.0] * 50, 0, 0), ([1.0, -1.0] * 200, 0, 0.01)]
 )
-def test_certainty(descents: list[float], low: float, high: float) -> None:
+def test_steadiness(descents: list[float], low: float, high: float) -> None:
     state = agd(NET, SquareLoss()).init(NET.init(0))
     for s in descents:
         _, *counted = measured(torch.tensor(s, dtype=torch.float64), state, 0.95)
         state = state._replace(smoothed=counted[0], scale=counted[1], weight=counted[2])
-    assert low - 1e-9 <= float(certainty(*counted)) <= high + 1e-9
+    assert low - 1e-9 <= float(steadiness(*counted)) <= high + 1e-9
 
 
 def test_an_outlier_counts_as_so_many_root_mean_squares() -> None:
@@ -207,7 +207,7 @@ def test_state_is_buffers_of_the_weights_size_and_scalars(curvature, buffers: in
     _, state = method.update(gradients(method, params, *[x.float() for x in batch(0)]), method.init(params), params)
     weights = sum(weight.numel() for weight in params.values())
     assert sum(value.numel() for value in state.momentum.values()) == weights
-    assert sum(value.numel() for value in tree_leaves(state)) <= buffers * weights + 6 * len(params) + 21
+    assert sum(value.numel() for value in tree_leaves(state)) <= buffers * weights + 7 * len(params) + 21
     assert method.init(params).momentum == {}
 
 

@@ -339,6 +339,14 @@ def test_a_newer_state_says_so(tell) -> None:
         optimizer.load_state_dict(saved)
 
 
+def test_an_older_state_says_so() -> None:
+    _, optimizer = made()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["agd"]["format"] = FORMAT - 1
+    with pytest.raises(InvalidArgument, match=r"older version.*Load the weights"):
+        optimizer.load_state_dict(saved)
+
+
 def test_states_of_other_optimizers_and_of_before_are_refused() -> None:
     model, optimizer = made()
     old = {"state": {}, "param_groups": [{"lr": 1.0, "params": [0]}], "agd": {}, "average": {}, "parameters": {}}

@@ -87,7 +87,9 @@ class Store:
         """All that is there."""
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line]
+        with self.path.open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            return [json.loads(line) for line in file if line.strip()]
 
     def outcome(self, cell: Cell) -> dict[str, Any] | None:
         """The outcome of an equal cell."""
@@ -151,13 +153,17 @@ def run(cell: Cell, benchmark: Benchmark, source: Task) -> dict[str, Any]:
 
     Returns:
         Mean training loss and accuracy over the last tenth of the steps (live weights); loss and accuracy of the weights to
-        evaluate on fixed training samples ("end") and on the held-out split ("val"); the curve; the looks; times.
+        evaluate on fixed training samples ("end") and on the held-out split ("val"); the curve; the looks; times: of the whole run
+        per step, looks and a graph's capture included, and the median that a step of the optimizer took the host (where it is part
+        of a graph, of those before the capture).
     """
     device = source.device
     batch = cell.batch or benchmark.batch
     steps = max(10, round(cell.scale * benchmark.budget(source, batch)))
     if cell.batch and not benchmark.epochs:
         steps = max(10, round(steps * benchmark.batch / batch))
+    # dropout draws from torch's own generators
+    torch.manual_seed(cell.seed)
     network = benchmark.network(source.facts.classes, cell.width, cell.depth)
     model = network.to_torch(cell.seed, device=device)
     # others minimise what is reported; this library's bound is about the loss that declares it
@@ -191,7 +197,9 @@ def run(cell: Cell, benchmark: Benchmark, source: Task) -> dict[str, Any]:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - begun
     record = record.cpu()
-    diverged = done < steps or not bool(record[:2].isfinite().all())
+    # where a step cannot raise, it is left out and counted
+    skipped = getattr(getattr(runner.optimizers[0], "current", None), "skipped", 0)
+    diverged = done < steps or not bool(record[:2].isfinite().all()) or int(skipped) > 0
     last = record[:, -max(1, steps // 10) :].mean(1).tolist()
     outcome: dict[str, Any] = {
         "diverged": diverged,

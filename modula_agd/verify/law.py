@@ -6,6 +6,8 @@ ascent on lhs/rhs is an honest attack.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -52,6 +54,21 @@ class Measurement(NamedTuple):
         return bool(self.lhs <= shrink * self.rhs + self.slack)
 
 
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """On CUDA convolutions round to TF32, eleven bits, unless told otherwise: a slack is that of the dtype."""
+    cudnn: Any = torch.backends.cudnn
+    owner, name, exact = (
+        (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
+    )
+    before = getattr(owner, name)
+    setattr(owner, name, exact)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
 def side(value: Any, like: Tensor) -> Tensor:
     """A number that the algebra computed, as one side of a law beside a measured one."""
     return torch.as_tensor(value, dtype=like.dtype, device=like.device)
@@ -81,8 +98,7 @@ class Law(ABC):
     def __call__(self, subject: Any, draw: Any, where: Device = Device()) -> Measurement:  # noqa: B008 (immutable)
         """The measurement on a draw, after its attack if it has one."""
         tensors = self.tensors(subject, draw)
-        # convolutions would round to TF32, eleven bits, on their own: a slack is that of the dtype
-        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        with _exact_convolutions():
             if getattr(draw, "attack", 0):
                 # the fused kernels of attention have no second derivative, which an attack on a gradient needs
                 with sdpa_kernel(SDPBackend.MATH):
