@@ -13,52 +13,27 @@ All scalars stay on the device, so that a step waits for nothing.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from modula_agd.balance import portions, weighed
-from modula_agd.bound import Bound, Number
 from modula_agd.curvature import curvature, looked_back
+from modula_agd.derivation import Derivation, settled
 from modula_agd.device import precise
-from modula_agd.directions import due, period
-from modula_agd.error import InvalidArgument, UnknownBound
+from modula_agd.directions import due
+from modula_agd.error import InvalidArgument
 from modula_agd.exchange import ALONE, Exchange
 from modula_agd.forecast import forecast
 from modula_agd.held_out import begun, measured, renewed, steadiness
 from modula_agd.inspection import check_finite, check_parameters, check_step, check_update, loss_told
-from modula_agd.loss import Loss
-from modula_agd.majorisation import Evidence, Majorant, Search
-from modula_agd.network import Network
-from modula_agd.norm import Direction, Norm, wide
-from modula_agd.run import Constants, Weighted
-from modula_agd.space import Space, brief
+from modula_agd.majorisation import Evidence
+from modula_agd.norm import Direction, wide
 from modula_agd.space import finite as finite_number
 from modula_agd.state import WEIGHT_SIZED, Scalar, State
-
-
-class Plan(NamedTuple):
-    """What never changes between steps on one device: kept there, so that no step uploads anything.
-
-    Args:
-        points: the search's steps at declared sizes.
-        bound: the network's bound at those steps.
-        sizes: declared ω_k.
-        masses: m_k.
-        periods: steps that a direction of each parameter serves.
-        depths: m_k·d_k, each parameter's part of the depth at declared sizes; empty where nobody asks.
-    """
-
-    points: Float[Tensor, " points"]
-    bound: Bound
-    sizes: Float[Tensor, " parameters"]
-    masses: Float[Tensor, " parameters"]
-    periods: dict[str, int]
-    depths: Float[Tensor, " parameters"]
 
 
 class Move(NamedTuple):
@@ -86,60 +61,8 @@ class Move(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
-    """An optimisation method for one network and one loss; made by ``agd``, whose arguments its fields are."""
-
-    network: Network
-    loss: Loss
-    direction: Literal["spectral", "frobenius"]
-    search: Search
-    sizes: Literal["prescribed", "tracked"]
-    constants: Constants
-    magnitude: float
-    nonfinite: Literal["raise", "skip"]
-    momentum: float | None = None
-    smoothing: float | None = None
-    refresh: int | None = None
-    decay: float = 0.0
-    relaxation: float | None = 1.0
-    precision: Literal["auto", "full", "half"] = "auto"
-    curvature: Literal["measured", "declared"] = "declared"
-    balance: Literal["measured", "declared"] = "declared"
-    _plans: dict[torch.device, Plan] = field(default_factory=dict, repr=False, compare=False)
-
-    @cached_property
-    def atoms(self) -> dict[str, Weighted]:
-        """Each atom by the name of its parameter."""
-        return self.network.weights()
-
-    @cached_property
-    def masses(self) -> dict[str, float]:
-        """m_k of each parameter."""
-        return {name: atom.mass for name, atom in self.atoms.items()}
-
-    def periods(self, device: torch.device) -> dict[str, int]:
-        """Steps that one direction of each parameter serves, not compiled."""
-        lasting = self._plan(device).periods
-        return lasting if self.momentum is not None else dict.fromkeys(lasting, 1)
-
-    def keeps(self, device: torch.device) -> set[str]:
-        """The parameters whose direction is kept after a step: it serves again, or the next gradient is measured along it."""
-        return {name for name, period in self.periods(device).items() if self.measures or period > 1}
-
-    @property
-    def skips(self) -> bool:
-        """Whether a step with a gradient that is not finite is left out."""
-        return self.nonfinite == "skip"
-
-    @property
-    def measures(self) -> bool:
-        """Whether the next gradient is measured along the directions of the steps taken."""
-        return "measured" in (self.curvature, self.balance)
-
-    @property
-    def needs_evidence(self) -> bool:
-        """Whether ``update`` must be given ``evidence``."""
-        return self.search.needs_evidence
+class Method(Derivation):
+    """An optimisation method for one network and one loss, made by ``agd``; how an update is made of what they declare."""
 
     def started(self, momentum: Mapping[str, Tensor], exchange: Exchange = ALONE) -> dict[str, Tensor] | None:
         """Whether each momentum has seen a gradient, where gradients may have been left out; None where none ever is."""
@@ -171,7 +94,7 @@ class Method:
     ) -> Evidence:
         """R and a₀ of a batch, by one forward pass; of dropout, with a generator in the state that the gradient's had."""
         with torch.no_grad():
-            domain, codomain = _settled(self.network, self.network.domain), self._codomain()
+            domain, codomain = settled(self.network, self.network.domain), self._codomain()
             outputs, _ = self.network.run(params, inputs, generator=generator)
             residual = self.loss.residual(outputs, targets, codomain)
             return Evidence(residual, domain.norm(inputs).amax())
@@ -459,14 +382,6 @@ class Method:
                 parts[name] = self.decay * self.masses[name] * flat
         return torch.stack(list(parts.values()))
 
-    @cached_property
-    def norms(self) -> dict[str, Norm]:
-        """The norm in which each parameter's direction is taken."""
-        return {
-            name: atom.norm if self.direction == "spectral" else atom.norm.euclidean
-            for name, atom in self.atoms.items()
-        }
-
     def _check_arguments(
         self,
         grads: Mapping[str, Tensor | None],
@@ -484,117 +399,6 @@ class Method:
                 "a certified update was asked for without evidence of R and the input magnitude. "
                 "Pass evidence=method.evidence(params, inputs, targets) of the same batch."
             )
-
-    def _codomain(self) -> Space:
-        if not self.network.captured:
-            _settled(self.network, self.network.domain)
-        return _settled(self.network, self.network.codomain)
-
-    def _sizes(self, params: Mapping[str, Tensor], device: torch.device, exchange: Exchange) -> Tensor:
-        """ω_k: declared, or a certified bound of the current norm, never below the floor."""
-        if self.sizes == "prescribed":
-            return self._plan(device).sizes
-        norms = {name: atom.norm for name, atom in self.atoms.items()}
-        bounds = exchange.numbers(
-            lambda norm, weight: norm.bound(weight), norms, {name: params[name] for name in norms}
-        )
-        floored = [bounds[name].clamp(min=atom.floor) for name, atom in self.atoms.items()]
-        return torch.stack(floored).to(precise(device))
-
-    def _plan(self, device: torch.device) -> Plan:
-        if device not in self._plans:
-            scalars = precise(device)
-            sizes = torch.tensor([atom.size for atom in self.atoms.values()], device=device, dtype=scalars)
-            masses = torch.tensor(list(self.masses.values()), device=device, dtype=scalars)
-            # on an accelerator polar factors are cheap
-            refresh = self.refresh if self.refresh is not None or device.type == "cpu" else 1
-            periods = {name: period(self.norms[name], atom.shape, refresh) for name, atom in self.atoms.items()}
-            depths = masses.new_tensor(list(self._depths({}).values()) if self.balance == "measured" else [])
-            self._plans[device] = Plan(*self._evaluate({}, self.magnitude, device), sizes, masses, periods, depths)
-        return self._plans[device]
-
-    def _evaluate(self, sizes: Mapping[str, Number], magnitude: Number, device: torch.device) -> tuple[Tensor, Bound]:
-        options = {"magnitude": magnitude, "constants": self.constants, "sizes": sizes}
-        # decay moves a weight too: by at most λ·m_k·t of its size, which the growth counts
-        network = self.network.with_mass(1.0 + self.decay) if self.decay else self.network
-        points = self.search.points(network.bound(0.0, **options), device)
-        return points, network.bound(points, **options)
-
-    def _majorant(self, descent: Scalar, sizes: Tensor, device: torch.device, evidence: Evidence | None) -> Majorant:
-        if self.sizes == "prescribed":
-            plan = self._plan(device)
-            points, bound = plan.points, plan.bound
-        else:
-            # an all-zero batch has magnitude 0, of which relative quantities cannot be taken
-            magnitude = self.magnitude if evidence is None else evidence.magnitude.to(sizes).clamp(min=1e-30)
-            points, bound = self._evaluate(dict(zip(self.atoms, sizes.unbind(), strict=True)), magnitude, device)
-        factor = self._conversion()
-        return Majorant(
-            points,
-            bound,
-            lambda delta: self.loss.bound(factor * delta),
-            self.loss.curvature.value * factor**2,
-            descent,
-            evidence.residual.to(descent) if self.needs_evidence and evidence is not None else None,
-        )
-
-    def _conversion(self) -> float:
-        proved, typical = self.loss.conversion(self._codomain())
-        return proved.value if self.constants == "proved" else typical.value
-
-    def sensitivities(self, state: State) -> dict[str, float]:
-        """m_k·d_k of each parameter: its part of the depth D = Σ_k m_k·d_k, which is linear in the masses. Waits for the device."""
-        return self._depths(dict(zip(self.atoms, state.sizes.tolist(), strict=True)) if self.sizes == "tracked" else {})
-
-    def _depths(self, sizes: Mapping[str, Number]) -> dict[str, float]:
-        options: dict[str, Any] = {"magnitude": self.magnitude, "constants": self.constants, "sizes": sizes}
-
-        def depth(masses: Mapping[str, Any]) -> Number:
-            return self.network.massed(masses).bound(0.0, **options).depth
-
-        # as many networks at once as there are parameters, each with the mass of one of them alone
-        alone = torch.diag(torch.tensor(list(self.masses.values()), dtype=torch.float64))
-        try:
-            found = torch.as_tensor(depth(dict(zip(self.atoms, alone.unbind(), strict=True)))).expand(len(alone))
-        except (RuntimeError, TypeError, ValueError):
-            # a user's rule may want numbers, for max() or an if
-            rows = [dict(zip(self.atoms, row, strict=True)) for row in alone.tolist()]
-            found = torch.tensor([float(depth(row)) for row in rows])
-        return dict(zip(self.atoms, found.tolist(), strict=True))
-
-    def certificate(self) -> Bound:
-        """The network's bound at t = 0 with the loss's own constants counted in: the grade of the whole, and what it assumes."""
-        proved, typical = self.loss.conversion(self._codomain())
-        bound = self.network.bound(0.0, magnitude=self.magnitude, constants=self.constants)
-        bound = bound.graded(self.loss.curvature, f"curvature of {type(self.loss).__name__}")
-        bound = bound.graded(proved if self.constants == "proved" else typical, "output norm")
-        if not self.search.needs_evidence:
-            bound = bound.assuming(
-                "orthogonality: the model's curvature is not correlated with the loss gradient (AGD paper, Assumption 1)"
-            )
-        if self.sizes == "prescribed":
-            how = f"which decay sees to while steps are below {1 / self.decay:g} of a weight" if self.decay >= 1 else ""
-            what = "prescribed sizes: weight norms stay at most at their declared values"
-            bound = bound.assuming(", ".join(filter(None, (what, how))))
-        if self.curvature == "measured":
-            bound = bound.assuming("measured curvature: the loss stays as curved along steps as the last ones found it")
-        if self.balance == "measured":
-            bound = bound.assuming(
-                "measured balance: the growth is that of equal steps to first order, and taken to be so beyond"
-            )
-        if self.relaxation != 1:
-            times = "up to 2" if self.relaxation is None else f"{self.relaxation:g}"
-            bound = bound.assuming(f"relaxation: the loss bears steps of {times} times the majorant's minimiser")
-        return bound
-
-
-def _settled(network: Network, space: Space | None) -> Space:
-    if space is None:
-        raise UnknownBound(
-            f"{brief(network)} has no settled spaces. Compose it with a typed module such as Linear, or name its domain: "
-            "network.bind(Features(3))."
-        )
-    return space
 
 
 def _kept(new: dict[str, Tensor], old: dict[str, Tensor], finite: Bool[Tensor, ""] | None) -> dict[str, Tensor]:

@@ -98,7 +98,7 @@ NET = Linear(3, 6) @ Linear(6, 4)
 
 
 def test_kept_directions_equal_a_slow_reference() -> None:
-    method = agd(NET, SquareLoss(), refresh=3)
+    method = agd(NET, SquareLoss(), refresh=3, balance="declared")
     params = NET.init(0, dtype=torch.float64)
     state = method.init(params)
     kept: dict[str, Tensor] = {}
