@@ -2,7 +2,9 @@
 
 The next batch's gradient, which a step's direction has not seen either, measures the slope that the step has left:
 
-    s_t = Σ_k m_k·ω_k·⟨g_t, u_t⟩        s′_t = Σ_k m_k·ω_k·⟨g_{t+1}, u_t⟩        κ = mean of s_t − s′_t / mean of e_t
+    s_t = Σ_k p_k·m_k·ω_k·⟨g_t, u_t⟩     s′_t = Σ_k p_k·m_k·ω_k·⟨g_{t+1}, u_t⟩     κ = mean of s_t − s′_t / mean of e_t
+
+(p_k are the portions of the step at t, ``balance.py``.)
 
 At its minimiser the majorant's own slope is 0: it expects the step to use up Ŝ_t, and with a bound κ times as curved, in units of
 the declared one, e_t = Ŝ_t/κ_t. (A step that a relaxation or a multiplier makes longer is expected to use up more.) So κ is a secant
@@ -43,7 +45,7 @@ def looked_back(state: State, left: Tensor, reach: Tensor) -> dict[str, Any]:
     Args:
         state: before the update, with the last step's ``descents``.
         left: ⟨g_{t+1}, u_t⟩ of each parameter, 0 where there is no gradient or was no direction.
-        reach: m_k·ω_k of each parameter at the last step.
+        reach: p_k·m_k·ω_k of each parameter at the last step.
     """
     fall = (reach * (state.descents - left)).sum()
     comparable = ((state.descents != 0) == (left != 0)).all() & fall.isfinite() & (state.due > 0)

@@ -4,7 +4,7 @@ On a minibatch, ⟨g, u(g)⟩ counts noise as descent: a gradient always agrees 
 momentum β the direction is made of *past* gradients, and the *fresh* one, which it has not seen, measures the descent at
 the same point:
 
-    u_t = direction of m_{t−1}          s_t = Σ_k m_k·ω_k·⟨g_t, u_t⟩          Ŝ_t = mean of s_1 … s_t, with weights β_s^(t−i)
+    u_t = direction of m_{t−1}          s_t = Σ_k p_k·m_k·ω_k·⟨g_t, u_t⟩      Ŝ_t = mean of s_1 … s_t, with weights β_s^(t−i)
     m_t = β·m_{t−1} + (1 − β)·g_t       t = argmin of the majorant at max(Ŝ_t, 0)
 
 The expectation of s_t over the fresh batch is the true descent along u_t. As signal drowns in noise Ŝ → 0, and the step with it.

@@ -1,6 +1,7 @@
 """The majorant of the loss as a function of the step, and its minimisers.
 
-Let every atom move by ΔW_k = −t·m_k·ω_k·u_k along its unit dual direction u_k. With S = Σ_k m_k·ω_k·⟨g_k, u_k⟩,
+Let every atom move by ΔW_k = −t·m_k·ω_k·u_k along its unit dual direction u_k (times its portion p_k where balance is measured, and
+so in S). With S = Σ_k m_k·ω_k·⟨g_k, u_k⟩,
 
     L(w + Δw) ≤ L(w) − t·S + R·a·κ(t) + B(a·(γ(t) − 1))
 
