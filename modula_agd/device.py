@@ -10,6 +10,11 @@ def precise(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def exact(device: torch.device) -> torch.autocast:
+    """A context in which autocast leaves products as precise as their operands are."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def usable(name: str | torch.device) -> torch.device:
     """The device of that name, after trying it.
 

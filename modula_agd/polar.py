@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from modula_agd.device import precise
+from modula_agd.device import exact, precise
 from modula_agd.error import InvalidArgument
 from modula_agd.rescale import rescale
 
@@ -73,6 +73,11 @@ def polar(matrix: Float[Tensor, "*batch rows cols"], *, half: bool = False) -> F
         largest of them; less for smaller ones, and for all where products may be rounded to TF32, as with ``half``. Above 1 by at most
         rounding: 1e-5 in float32, 1e-9 in float64, and one rounding to the nearest for half precision.
     """
+    with exact(matrix.device):
+        return _polar(matrix, half)
+
+
+def _polar(matrix: Float[Tensor, "*batch rows cols"], half: bool) -> Float[Tensor, "*batch rows cols"]:
     wide, working = _wide(matrix), working_dtype(matrix.dtype)
     x, _ = rescale(wide.to(working), (-2, -1))
     # products in TF32 or of bfloat16 parts round like half precision, whatever their operands
@@ -191,6 +196,11 @@ def largest_singular_value_bound(
     """
     if iterations < 1:
         raise InvalidArgument(f"a bound by {iterations} Gram iterations was asked for; it takes at least 1")
+    with exact(matrix.device):
+        return _bounded(matrix, iterations)
+
+
+def _bounded(matrix: Float[Tensor, "*batch rows cols"], iterations: int) -> Float[Tensor, "*batch"]:
     x, peak = rescale(matrix.to(working_dtype(matrix.dtype)), (-2, -1))
     gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
     # log σ_max is gathered in double precision; each squaring halves the weight of what has been divided out

@@ -226,3 +226,11 @@ def test_bounds_of_a_batch_are_those_of_each_matrix() -> None:
     stack = gaussian(4, 5, 3)
     apart = torch.stack([largest_singular_value_bound(matrix) for matrix in stack])
     assert torch.allclose(largest_singular_value_bound(stack), apart, rtol=tolerance(torch.float64, 15), atol=0)
+
+
+def test_autocast_around_a_step_changes_nothing() -> None:
+    matrix = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = polar(matrix), largest_singular_value_bound(matrix)
+    assert torch.equal(inside[0], polar(matrix))
+    assert torch.equal(inside[1], largest_singular_value_bound(matrix))
