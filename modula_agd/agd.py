@@ -146,7 +146,7 @@ def agd(
             f"agd was given a measured balance with {search!r} and {sizes} sizes, but portions keep the growth of exact growth at declared "
             "sizes alone. Leave balance out."
         )
-    by_noise = relaxation == "auto" and curvature == "measured" and not network.captured
+    by_steadiness = relaxation == "auto" and curvature == "measured" and not network.captured
     if relaxation == "auto":
         relaxation = 1.0
     if not (finite(relaxation) and relaxation > 0):
@@ -171,7 +171,7 @@ def agd(
         mean,
         period,
         float(decay),
-        None if by_noise else float(relaxation),
+        None if by_steadiness else float(relaxation),
         precision,
         curvature,
         balance,
@@ -184,7 +184,8 @@ def agd(
 def published(network: Network, loss: Loss) -> Method:
     """AGD exactly as published: Frobenius directions, depth counted in parameter tensors, magnitude 1, declared sizes.
 
-    The declared size is 1 for every weight matrix. The paper has no biases; here a ``Bias`` counts with its own size.
+    The declared size is 1 for every weight matrix. The paper has no biases; here a ``Bias`` counts with its own size. A convolution
+    is the AGD code's with ``geometry="taps"``, which ``VGG16`` and ``ResNet`` have without normalisation alone.
     """
     tensors = len(network.weights())
     return agd(network, loss, direction="frobenius", search=ClosedForm(depth=tensors, magnitude=1.0), momentum=None)

@@ -268,20 +268,21 @@ class AGD(Lending):
                     name: torch.where(move.finite, value, before.momentum.get(name, torch.zeros_like(value)))
                     for name, value in momentum.items()
                 }
-        due, applied = move.state.due * self._reached(move, multipliers), self._applied(move, multipliers)
+        applied = self._applied(move, multipliers)
+        due = move.state.due * self._reached(move, multipliers, applied)
         self.current = move.state._replace(momentum=momentum, due=due, rates=applied)
         self._now.applied = multipliers
         self._renew_average()
         reshard(self._inner)
 
-    def _reached(self, move: Move, multipliers: Mapping[str, float | Tensor]) -> Tensor | float:
+    def _reached(self, move: Move, multipliers: Mapping[str, float | Tensor], applied: Tensor) -> Tensor | float:
         """What the step's multipliers make of the slope that it was to use up: their mean, weighed by what each weight gives."""
         if len({rate if isinstance(rate, float) else id(rate) for rate in multipliers.values()}) <= 1:
             return next(iter(multipliers.values()), 1.0)
         given = move.state.descents * move.state.sizes * move.state.portions
         weights = given.clamp(min=0.0) * given.new_tensor(list(self.method.masses.values()))
         total = weights.sum()
-        mean = (weights * self._applied(move, multipliers)).sum() / torch.where(total > 0, total, 1.0)
+        mean = (weights * applied).sum() / torch.where(total > 0, total, 1.0)
         return torch.where(total > 0, mean, 1.0)
 
     def _applied(self, move: Move, multipliers: Mapping[str, float | Tensor]) -> Tensor:

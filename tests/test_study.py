@@ -15,8 +15,8 @@ from modula_agd import MLP, Logits, SquareLoss
 from modula_agd.error import InvalidArgument
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
-tasks, peers, study, report, ablations = (
-    importlib.import_module(name) for name in ("tasks", "peers", "study", "report", "ablations")
+tasks, peers, cells, measuring, study, report, ablations = (
+    importlib.import_module(name) for name in ("tasks", "peers", "cells", "measuring", "study", "report", "ablations")
 )
 
 PACKAGES = {
@@ -36,11 +36,11 @@ def source():
 @pytest.fixture
 def bench(source, tmp_path: Path):
     toy = replace(tasks.TASKS["digits"], network=lambda out, width, depth: MLP(Logits(out), 8 * width, 64, 2 * depth))
-    return study.Bench(toy, source, study.Store(tmp_path / "runs" / "study.jsonl"))
+    return study.Bench(toy, source, cells.Store(tmp_path / "runs" / "study.jsonl"))
 
 
 def cell(**changes):
-    return replace(study.Cell("digits", "held-out", scale=0.05), **changes)
+    return replace(cells.Cell("digits", "held-out", scale=0.05), **changes)
 
 
 @pytest.mark.parametrize("peer", peers.PEERS)
@@ -55,7 +55,7 @@ def test_every_optimizer_trains_and_is_measured(peer: str, bench) -> None:
     assert found["train_loss"] < 2.4
     assert 0 < found["val_accuracy"] <= 1
     assert found["state"] >= 0
-    assert len(found["curve"]["train_loss"]) == len(found["curve"]["step"]) <= study.POINTS
+    assert len(found["curve"]["train_loss"]) == len(found["curve"]["step"]) <= measuring.POINTS
     assert (found["curve"]["eta"][0] is not None) == (peer in ("held-out", "agd"))
 
 
@@ -69,7 +69,7 @@ def test_a_run_is_kept_and_found_again(bench, monkeypatch) -> None:
 
 
 def test_equal_cells_run_alike_and_other_seeds_do_not(bench) -> None:
-    one, same, other = (study.run(cell(seed=seed), bench.benchmark, bench.source) for seed in (0, 0, 1))
+    one, same, other = (measuring.run(cell(seed=seed), bench.benchmark, bench.source) for seed in (0, 0, 1))
     assert one["train_loss"] == same["train_loss"] != other["train_loss"]
 
 
@@ -100,7 +100,7 @@ def test_the_square_loss_is_reported_in_one_unit_for_all(source) -> None:
     """This library minimises half of what the others do; what is told is the same."""
     toy = replace(tasks.TASKS["digits"], network=lambda out, *_: MLP(out, 8, 64, 2), loss=SquareLoss(), unit=2)
     first = [
-        study.run(replace(cell(scale=1e-9), peer=peer), toy, source)["curve"]["train_loss"][0]
+        measuring.run(replace(cell(scale=1e-9), peer=peer), toy, source)["curve"]["train_loss"][0]
         for peer in ("held-out", "sgd")
     ]
     assert first[0] == pytest.approx(first[1], rel=1e-6)

@@ -9,8 +9,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from study import Cell, Job, work
-from tasks import TASKS
+from cells import Cell
+from study import Job, work
+from tasks import TASKS, USUAL
 
 OPTIONS = {
     "naive": {"momentum": None},
@@ -53,8 +54,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--what", choices=["options", "multiplier", "batch", "size"], required=True)
     parser.add_argument("--names", nargs="+", choices=list(OPTIONS), help="of --what options (default: all)")
-    usual = [name for name, benchmark in TASKS.items() if not benchmark.large]
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=usual)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=USUAL)
     parser.add_argument("--scale", type=float, default=0.2, help="budget as a multiple of each task's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

@@ -1,4 +1,4 @@
-"""Tables and plots of the study, from the lines that ``study.py`` and ``sensitivity.py`` left.
+"""Tables and plots of the study, from the lines that ``study.py`` and ``ablations.py`` left.
 
 python examples/benchmarks/report.py [--runs runs/study.jsonl] [--out docs/figures]
 """

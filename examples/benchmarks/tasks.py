@@ -125,3 +125,5 @@ TASKS: dict[str, Benchmark] = {
         large=True,
     ),
 }
+USUAL = [name for name, benchmark in TASKS.items() if not benchmark.large]
+"""The tasks that a CPU can run."""

@@ -169,12 +169,8 @@ def test_a_run_may_be_made_longer_from_python(tmp_path):
     assert all(torch.equal(longer.params[name], value) for name, value in whole.params.items())
 
 
-def test_another_rank_goes_on_without_a_folder(tmp_path, monkeypatch):
-    method, task = KINDS["text with dropout"](tmp_path)
-    run = RunFolder(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        stopped(patch, 5)
-        train(method, task, SCHEDULE, run)
+def test_another_rank_goes_on_without_a_folder(half):
+    method, task, run = half
     before = {path.name: path.read_bytes() for path in run.path.iterdir()}
     there = train(method, task, SCHEDULE)
     here = train(method, task, SCHEDULE, resume=load(run.checkpoint))
