@@ -4,6 +4,7 @@
 
 * "begun": 1 once p has had a gradient, 0 before; what follows means nothing while it is 0;
 * "momentum_buffer": m of p's shape, where there is momentum; float32 for half precision;
+* "lead": l of p's shape, beside it; bfloat16 but for double precision;
 * "direction": u of p's shape, where curvature or balance is measured along it, or one direction serves several steps;
 * "average": w̄ of p's shape, where weights are averaged; float32 for half precision.
 
@@ -20,14 +21,15 @@ import torch
 from torch import Tensor
 
 from modula_agd.error import InvalidArgument
+from modula_agd.held_out import lead_dtype
 from modula_agd.placement import is_spread, local, placed, spread
 from modula_agd.polar import working_dtype
 from modula_agd.state import WEIGHT_SIZED, State, complaint, not_finite, odd_tensors
 
-FORMAT = 2
+FORMAT = 3
 """Of what ``state_dict`` returns; raised when an older version could not read it."""
 NUMBERS = tuple(field for field in State._fields if field not in WEIGHT_SIZED)
-KEYS = {"momentum": "momentum_buffer", "directions": "direction", "average": "average"}
+KEYS = {"momentum": "momentum_buffer", "lead": "lead", "directions": "direction", "average": "average"}
 """The place of each tensor of a weight's size, by what it is called elsewhere."""
 
 Entries = Mapping[str, dict[str, Any]]
@@ -46,6 +48,7 @@ def allocate(entry: dict[str, Any], parameter: Tensor, wanted: Mapping[str, bool
     dtype = working_dtype(like.dtype)
     if wanted["momentum"] and "momentum_buffer" not in entry:
         entry["momentum_buffer"], entry["begun"] = torch.zeros_like(like, dtype=dtype), 0
+        entry["lead"] = torch.zeros_like(like, dtype=lead_dtype(dtype))
     # a direction that is missing later on is made when it is needed
     if wanted["directions"] and not begun and "direction" not in entry:
         entry["direction"] = torch.zeros_like(like, dtype=dtype)
@@ -109,7 +112,7 @@ def read(
     if isinstance(found, int) and found < FORMAT:
         raise InvalidArgument(
             f"load_state_dict was given a state of format {found}, which an older version of modula_agd wrote; this one goes on "
-            f"from format {FORMAT} alone, as steps are divided among the weights by what is measured since. Load the weights and start the "
+            f"from format {FORMAT} alone, as directions are made of more than the momentum since. Load the weights and start the "
             "optimizer anew."
         )
     if not isinstance(found, int) or found > FORMAT:

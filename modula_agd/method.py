@@ -32,6 +32,7 @@ from modula_agd.held_out import begun, measured, renewed, steadiness
 from modula_agd.inspection import check_finite, check_parameters, check_step, check_update, loss_told
 from modula_agd.majorisation import Evidence
 from modula_agd.norm import Direction, wide
+from modula_agd.polar import working_dtype
 from modula_agd.space import finite as finite_number
 from modula_agd.state import WEIGHT_SIZED, Scalar, State
 
@@ -45,7 +46,7 @@ class Move(NamedTuple):
         amounts: −t·p_k·m_k·ω_k of each parameter, 0-d.
         shrink: λ·p_k·m_k·t, the share of a weight that decays; empty without decay.
         finite: False where nothing may move; None where that has been looked at.
-        state: the new state, but for the momentum.
+        state: the new state, but for momentum and lead.
     """
 
     directions: dict[str, Direction]
@@ -63,10 +64,6 @@ class Move(NamedTuple):
 @dataclass(frozen=True)
 class Method(Derivation):
     """An optimisation method for one network and one loss, made by ``agd``; how an update is made of what they declare."""
-
-    def started(self, momentum: Mapping[str, Tensor], exchange: Exchange = ALONE) -> dict[str, Tensor] | None:
-        """Whether each momentum has seen a gradient, where gradients may have been left out; None where none ever is."""
-        return exchange.nonzero(momentum) if self.skips else None
 
     def objective(
         self,
@@ -122,7 +119,7 @@ class Method(Derivation):
             "loss": zero + torch.inf,
         }
         # each a tensor of its own, or a compiled update would be compiled again once they are
-        return State(**{name: value.clone() for name, value in numbers.items()}, momentum={}, directions={})
+        return State(**{name: value.clone() for name, value in numbers.items()}, momentum={}, lead={}, directions={})
 
     def update(
         self,
@@ -166,12 +163,10 @@ class Method(Derivation):
                 update = update - (move.shrink[name] * params[name].detach()).to(update.dtype)
             update = update.to(params[name].dtype)
             updates[name] = torch.where(move.finite, update, 0.0) if move.finite is not None else update
-        momentum = state.momentum
+        past = {"momentum": state.momentum, "lead": state.lead}
         if self.momentum is not None:
-            momentum = renewed(
-                momentum, move.gradients, self.share(state, part), move.finite, started=self.started(momentum, exchange)
-            )
-        return updates, move.state._replace(momentum=momentum)
+            past = renewed(state, move.gradients, self.momentum, part, move.finite)
+        return updates, move.state._replace(**past)
 
     def absorb(
         self,
@@ -214,18 +209,9 @@ class Method(Derivation):
         if not masked:
             check_finite(dict(zip(self.atoms, ends.tolist(), strict=True)))
         good = ends.isfinite().all() if masked else None
-        momentum = renewed(
-            state.momentum, gradients, part * (1 - self.momentum), good, started=self.started(state.momentum, exchange)
-        )
+        past = renewed(state, gradients, self.momentum, part, good)
         # a direction kept from before would not have seen what was just absorbed
-        return self._looked_back(gradients, state, exchange)[0]._replace(momentum=momentum, directions={})
-
-    def share(self, state: State, part: float) -> float:
-        """What a fresh gradient of a part of the samples counts for in the momentum; at the first step parts count alike."""
-        if self.momentum is None:
-            return 1.0
-        first = part < 1 and int(state.clock) == 0
-        return part if first else part * (1 - self.momentum)
+        return self._looked_back(gradients, state, exchange)[0]._replace(**past, directions={})
 
     def decide(
         self,
@@ -236,7 +222,7 @@ class Method(Derivation):
         value: Tensor | float | None = None,
         exchange: Exchange = ALONE,
     ) -> Move:
-        """What ``update`` does, before anything is multiplied out; its state still holds the old momentum."""
+        """What ``update`` does, before anything is multiplied out; its state still holds the old momentum and lead."""
         self._check_arguments(grads, state, params, evidence, exchange)
         told = loss_told(value, state)
         told = exchange.means({"loss": told})["loss"] if told is not None else None
@@ -334,9 +320,10 @@ class Method(Derivation):
         clock = int(state.clock) if lasting else 0
         held = set(gradients) if self.measures else lasting
         old = {name for name in lasting & state.directions.keys() if not due(clock, places[name], periods[name])}
-        sources = {name: state.momentum.get(name, gradients[name]) for name in gradients if name not in old}
+        sources = {name: state.lead.get(name, gradients[name]) for name in gradients if name not in old}
+        sources = {name: source.to(working_dtype(gradients[name].dtype)) for name, source in sources.items()}
         if self.skips:
-            known = {name: state.momentum[name] for name in sources if name in state.momentum}
+            known = {name: source for name, source in sources.items() if name in state.lead}
             started = exchange.nonzero(known)
             sources |= {name: begun(x, gradients[name], started[name]) for name, x in known.items()}
         fresh = exchange.directions(self.norms, sources, half=self._half(sources, device))

@@ -257,20 +257,15 @@ class AGD(Lending):
                 weight.addcmul_(base, factor)
             else:
                 weight.add_((base * factor).to(weight.dtype))
-        momentum = seen.momentum
+        past = {"momentum": seen.momentum, "lead": seen.lead}
         if self.method.momentum is not None:
-            fresh = self.method.share(before, part)
-            started = self.method.started(momentum, self._exchange)
-            momentum = renewed(momentum, move.gradients, fresh, move.finite, in_place=True, started=started)
+            past = renewed(seen, move.gradients, self.method.momentum, part, move.finite, in_place=True)
             if seen is not before and move.finite is not None:
                 # a step left out leaves out what was absorbed for it
-                momentum = {
-                    name: torch.where(move.finite, value, before.momentum.get(name, torch.zeros_like(value)))
-                    for name, value in momentum.items()
-                }
+                past = {what: _unless(move.finite, getattr(before, what), new) for what, new in past.items()}
         applied = self._applied(move, multipliers)
         due = move.state.due * self._reached(move, multipliers, applied)
-        self.current = move.state._replace(momentum=momentum, due=due, rates=applied)
+        self.current = move.state._replace(**past, due=due, rates=applied)
         self._now.applied = multipliers
         self._renew_average()
         reshard(self._inner)
@@ -335,6 +330,11 @@ def _held(state: State) -> State:
     return state._replace(
         **{what: {name: local(x) for name, x in getattr(state, what).items()} for what in WEIGHT_SIZED}
     )
+
+
+def _unless(finite: Tensor, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The new tensors, where ``finite``; the old ones, or 0, otherwise."""
+    return {name: torch.where(finite, x, old[name] if name in old else torch.zeros_like(x)) for name, x in new.items()}
 
 
 def _gradient(parameter: Tensor | None) -> Tensor | None:

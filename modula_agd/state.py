@@ -43,6 +43,7 @@ class State(NamedTuple):
         used: mean of what a step then used up of it, times ``counted``.
         counted: the sum of what these two weigh.
         momentum: m of each parameter that has had a gradient; empty without momentum.
+        lead: l of the same, which the next direction is made of; bfloat16 but for double precision.
         directions: u of each parameter at the last step, kept where curvature or balance is measured along it, or it serves
             further steps; else empty.
     """
@@ -75,10 +76,11 @@ class State(NamedTuple):
     used: Float[Tensor, " parameters"]
     counted: Float[Tensor, " parameters"]
     momentum: dict[str, Tensor]
+    lead: dict[str, Tensor]
     directions: dict[str, Tensor]
 
 
-WEIGHT_SIZED = ("momentum", "directions")
+WEIGHT_SIZED = ("momentum", "lead", "directions")
 """The fields that hold a tensor for each of some parameters."""
 
 

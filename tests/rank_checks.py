@@ -274,7 +274,7 @@ def what_is_kept_stays_sharded() -> None:
     optimizer = AGD(model, LOSS, refresh=2)
     train(model, optimizer, batches(WIDE, 3), shares)
     held = dict(model.named_parameters())
-    for key in ("momentum_buffer", "direction", "average"):
+    for key in ("momentum_buffer", "lead", "direction", "average"):
         for name, parameter in held.items():
             if key == "direction" and not optimizer.method.norms[name].matrices(parameter):
                 continue

@@ -308,7 +308,8 @@ def test_a_model_may_change_its_dtype_between_steps(first, then) -> None:
         model.to(dtype)
         values.append(_stepped(model, optimizer))
         assert {m.dtype for m in optimizer.current.momentum.values()} == {dtype}
-    assert values[1] == pytest.approx(values[0], rel=1e-5)
+    # the lead has eight bits in one of them
+    assert values[1] == pytest.approx(values[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("rate", [torch.tensor(float("nan")), torch.tensor(-1.0), torch.ones(2), True], ids=str)

@@ -44,7 +44,7 @@ def test_thirty_steps_equal_a_slow_reference() -> None:
     """Written from the formulas alone, with lists of all that was measured."""
     method = agd(NET, SquareLoss(), momentum=0.8)
     params = NET.init(0, dtype=torch.float64)
-    names, state, momentum, directions = list(params), method.init(params), {}, {}
+    names, state, momentum, last, directions = list(params), method.init(params), {}, {}, {}
     falls: list[tuple[list[float], list[float]]] = []
     before: dict[str, float] = {}
     kept_in = 0
@@ -67,7 +67,7 @@ def test_thirty_steps_equal_a_slow_reference() -> None:
         if directions and float(state.due) > 0:
             left = {n: float((grads[n] * u).sum()) for n, u in directions.items()}
             falls.append(([before[n] for n in names], [before[n] - left[n] for n in names]))
-        source = momentum or grads
+        source = {n: 0.6 * m + 0.4 * last[n] for n, m in momentum.items()} or grads
         directions = {n: atom.norm.direction(source[n]).dense() for n, atom in NET.weights().items()}
         before = {n: float((grads[n] * u).sum()) for n, u in directions.items()}
         updates, state = method.update(grads, state, params)
@@ -75,7 +75,8 @@ def test_thirty_steps_equal_a_slow_reference() -> None:
         assert float(state.descent) == pytest.approx(sum(p * before[n] for p, n in zip(expected, names, strict=True)))
         for p, (name, u) in zip(expected, directions.items(), strict=True):
             torch.testing.assert_close(updates[name], -float(state.t) * p * u, rtol=1e-8, atol=1e-12)
-        momentum = {n: 0.8 * momentum[n] + 0.2 * g if momentum else g for n, g in grads.items()}
+        momentum = {n: 0.8 * momentum.get(n, 0.0) + 0.2 * g for n, g in grads.items()}
+        last = grads
         params = {n: w + updates[n] for n, w in params.items()}
     assert kept_in > 20
 

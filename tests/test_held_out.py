@@ -3,6 +3,7 @@
 import math
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from modula_agd import (
     agd,
     residual,
 )
-from modula_agd.held_out import OUTLIER, measured, steadiness
+from modula_agd.held_out import OUTLIER, lead, measured, renewed, steadiness
 from modula_agd.train import task
 
 NET = Linear(3, 6) @ Tanh() @ Linear(6, 4)
@@ -55,11 +56,13 @@ def test_thirty_steps_equal_a_slow_reference() -> None:
     for step in range(30):
         grads = gradients(method, params, *batch(step))
         if past:
-            weights = [BETA ** (len(past) - 1 - i) * (1 - BETA if i else 1.0) for i in range(len(past))]
+            weights = [BETA ** (len(past) - 1 - i) * (1 - BETA) for i in range(len(past))]
             momentum = {name: sum(w * g[name] for w, g in zip(weights, past, strict=True)) for name in grads}
+            nu = 2 * (1 - BETA)
+            source = {name: (1 - nu) * m + nu * past[-1][name] for name, m in momentum.items()}
         else:
-            momentum = grads
-        directions = {name: atom.norm.direction(momentum[name]).dense() for name, atom in NET.weights().items()}
+            source = grads
+        directions = {name: atom.norm.direction(source[name]).dense() for name, atom in NET.weights().items()}
         raw = sum(float((grads[name] * u).sum()) for name, u in directions.items())
         if measured:
             ages = [BETA ** (len(measured) - 1 - i) for i in range(len(measured))]
@@ -90,7 +93,7 @@ def test_the_measured_descent_is_unbiased_over_all_minibatches() -> None:
     params = NET.init(0, dtype=torch.float64)
     inputs, targets = batch(0, samples=6)
     _, state = method.update(gradients(method, params, *batch(1)), method.init(params), params)
-    directions = {name: atom.norm.direction(state.momentum[name]).dense() for name, atom in NET.weights().items()}
+    directions = {name: atom.norm.direction(state.lead[name]).dense() for name, atom in NET.weights().items()}
     whole = gradients(method, params, inputs, targets)
     truth = sum(float((whole[name] * u).sum()) for name, u in directions.items())
     seen = []
@@ -199,16 +202,17 @@ def test_a_product_network_that_outgrows_its_sizes_does_not_run_away() -> None:
     assert values[-1] < 0.5 * values[0]
 
 
-@pytest.mark.parametrize(("curvature", "buffers"), [("declared", 1), ("measured", 2)])
+@pytest.mark.parametrize(("curvature", "buffers"), [("declared", 2), ("measured", 3)])
 def test_state_is_buffers_of_the_weights_size_and_scalars(curvature, buffers: int) -> None:
-    """The momentum, and where curvature is measured the last directions."""
+    """The momentum, the lead in half as many bytes, and where curvature is measured the last directions."""
     method = agd(NET, SquareLoss(), momentum=BETA, curvature=curvature)
     params = NET.init(0)
     _, state = method.update(gradients(method, params, *[x.float() for x in batch(0)]), method.init(params), params)
     weights = sum(weight.numel() for weight in params.values())
     assert sum(value.numel() for value in state.momentum.values()) == weights
+    assert sum(value.nbytes for value in state.lead.values()) == 2 * weights
     assert sum(value.numel() for value in tree_leaves(state)) <= buffers * weights + 7 * len(params) + 21
-    assert method.init(params).momentum == {}
+    assert method.init(params).momentum == method.init(params).lead == {}
 
 
 def test_a_gradient_cleared_in_place_leaves_the_momentum_alone() -> None:
@@ -245,7 +249,9 @@ def test_a_skipped_batch_counts_in_no_mean() -> None:
     assert not any(update.any() for update in updates.values())
     assert skipped.skipped == 1
     assert torch.equal(skipped.smoothed, state.smoothed)
-    assert all(torch.equal(state.momentum[name], skipped.momentum[name]) for name in params)
+    for name in params:
+        assert torch.equal(state.momentum[name], skipped.momentum[name])
+        assert torch.equal(state.lead[name], skipped.lead[name])
     after, _ = method.update(other, skipped, params)
     expected, _ = method.update(other, state, params)
     assert all(torch.allclose(after[name], expected[name], rtol=1e-12, atol=0) for name in params)
@@ -372,3 +378,51 @@ def test_clipped_gradients_shorten_the_step_and_leave_the_direction() -> None:
         assert float(after.t / state.t) == pytest.approx(c, rel=0.5)
         for name, update in updates.items():
             torch.testing.assert_close(update / after.t, whole[name] / state.t)
+
+
+def stable(gain: float, momentum: float, nu: float, delay: int) -> bool:
+    """Whether w ← w − gain·l/λ comes to rest on the loss λ·w²/2, by the roots of its characteristic polynomial.
+
+    With a gradient that is ``delay`` steps old: z^delay·(z − 1)·(z − β) + gain·((1 − ν)·(1 − β)·z + ν·(z − β)) = 0.
+    """
+    plain = np.polymul(np.polymul([1, -1], [1, -momentum]), [1, *[0] * delay])
+    fed = gain * np.array([(1 - nu) * (1 - momentum) + nu, -nu * momentum])
+    return bool(np.abs(np.roots(np.polyadd(plain, fed))).max() <= 1 + 1e-9)
+
+
+def limit(momentum: float, nu: float, delay: int) -> float:
+    """The longest stable step, by bisection."""
+    low, high = 0.1, 1000.0
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if stable(middle, momentum, nu, delay) else (low, middle)
+    return low
+
+
+def test_what_a_delay_costs_and_the_lead_gives_back() -> None:
+    """The numbers of the module's docstring."""
+    assert limit(0.95, 0.0, 0) == pytest.approx(2 * 1.95 / 0.05, rel=1e-3)
+    for momentum in (0.8, 0.9, 0.95, 0.98):
+        assert limit(momentum, 0.0, 1) == pytest.approx(1.0, rel=1e-3)
+    assert limit(0.95, lead(0.95), 1) == pytest.approx(5.47, abs=0.02)
+    assert 2 * math.pi / math.acos((1 + 0.95) / 2) == pytest.approx(28, abs=0.1)
+
+
+@pytest.mark.parametrize("momentum", [0.8, 0.9, 0.95, 0.98])
+def test_the_lead_is_nearly_the_most_stable_there_is(momentum: float) -> None:
+    best = max(limit(momentum, nu / 200, 1) for nu in range(1, 200))
+    assert limit(momentum, lead(momentum), 1) > 0.9 * best
+
+
+def test_on_a_quadratic_the_lead_comes_to_rest_where_the_momentum_alone_swings() -> None:
+    """The engine's own buffers, with steps of 3/λ along the linear direction itself."""
+    reached = {}
+    for what in ("momentum", "lead"):
+        weight, state = torch.ones(1, 1, dtype=torch.float64), agd(NET, SquareLoss()).init(NET.init(0))
+        for _ in range(400):
+            step = getattr(state, what).get("w", torch.zeros(()))
+            past = renewed(state, {"w": weight.clone()}, 0.95, 1.0, None)
+            weight, state = weight - 3 * step, state._replace(**past)
+        reached[what] = abs(float(weight))
+    assert reached["lead"] < 1e-3
+    assert reached["momentum"] > 1e3
