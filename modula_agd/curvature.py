@@ -24,7 +24,7 @@ from modula_agd.state import Scalar, State
 
 MEMORY = 0.95
 """Weight of the past in both means: about the last twenty steps."""
-LEAST, MOST = 1 / 2, 16.0
+LEAST, MOST = 1 / 8, 16.0
 """κ is kept between these, and no single step counts for more than MOST. A slope that has not fallen must not send a step to infinity;
 steps that were let grow further did no better by training losses over whole runs (docs/benchmarks.md)."""
 

@@ -11,7 +11,8 @@ A direction that has not seen g_t answers one step late, and momentum with a del
 λ, a step that moves by a/λ for each unit of l is stable for a < 1 alone, whatever β, where momentum that has seen g_t bears
 2(1 + β)/(1 − β), 78 at β = 0.95; beyond, weights swing with a period of 28 steps. So the direction is made of the *lead* l, in which
 the newest past gradient counts for ν more (quasi-hyperbolic momentum, Ma & Yarats 2019, arXiv:1810.06801): at ν = 2(1 − β) it bears
-a < 5.5, and what swings beyond does so within 8 steps. The lead is of the past as well.
+a < 5.5, and what swings beyond does so within 8 steps. The lead is of the past as well. A direction that serves r steps is later
+still, and has ν = 2(1 − β)·sqrt(r).
 
 The expectation of s_t over the fresh batch is the true descent along u_t. As signal drowns in noise Ŝ → 0, and the step with it.
 One wild measurement must not set the steps of the next twenty: an s_t beyond ``OUTLIER`` root-mean-squares of those before it
@@ -28,6 +29,7 @@ which is 1 where descents are all alike, and the step the majorant's own; it ten
 the noise of batches or as weights go back and forth across a valley.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -77,9 +79,13 @@ def steadiness(smoothed: Scalar, scale: Scalar, weight: Scalar) -> Scalar:
     return torch.where(known, mean / torch.where(known, scale * weight, 1.0), 1.0).clamp(max=1.0)
 
 
-def lead(momentum: float) -> float:
-    """ν of a momentum β: within a tenth of the value whose loop is stable for the longest steps (tests/test_held_out.py), for β from 0.8."""
-    return min(1.0, 2 * (1 - momentum))
+def lead(momentum: float, period: int) -> float:
+    """ν of a momentum β and directions that serve ``period`` steps.
+
+    It is within a tenth of the value whose loop is stable for the longest steps (tests/test_held_out.py), for β from 0.8 where
+    directions serve one step, and at 0.95 up to eight.
+    """
+    return min(1.0, 2 * (1 - momentum) * math.sqrt(period))
 
 
 def lead_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -95,8 +101,8 @@ def begun(past: Tensor, gradient: Tensor, started: Bool[Tensor, ""]) -> Tensor:
 def renewed(
     state: State,
     grads: Mapping[str, Tensor],
-    momentum: float,
-    part: float,
+    share: float,
+    leads: Mapping[str, float],
     finite: Bool[Tensor, ""] | None,
     *,
     in_place: bool = False,
@@ -109,8 +115,8 @@ def renewed(
     Args:
         state: before the update.
         grads: the fresh gradients by name, detached.
-        momentum: β.
-        part: the share of the step's samples that they are made of.
+        share: what they count for in the momentum: 1 − β, times their part of the step's samples.
+        leads: ν of each parameter.
         finite: where False, the past is kept; None where that has been looked at.
         in_place: write over what the state holds, for an optimizer that owns it.
     """
@@ -125,18 +131,24 @@ def renewed(
     ]
     if finite is not None:
         new = [torch.where(finite, value, before) for value, before in zip(new, old, strict=True)]
-    # one kernel for all parameters, as in torch's own optimizers
+    # one kernel for many parameters, as in torch's own optimizers
     if in_place:
-        torch._foreach_lerp_(old, new, part * (1 - momentum))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(old, new, share)  # pyright: ignore[reportPrivateImportUsage]
     else:
-        old = list(torch._foreach_lerp(old, new, part * (1 - momentum)))  # pyright: ignore[reportPrivateImportUsage]
-    leads = torch._foreach_lerp(old, new, lead(momentum))  # pyright: ignore[reportPrivateImportUsage]
-    leads = dict(zip(names, (x.to(lead_dtype(x.dtype)) for x in leads), strict=True))
-    for name in names:
-        before = state.lead.get(name)
-        if finite is not None:
-            kept = torch.zeros_like(leads[name]) if before is None else before.to(leads[name].dtype)
-            leads[name] = torch.where(finite, leads[name], kept)
-        if in_place and before is not None and before.dtype == leads[name].dtype:
-            leads[name] = before.copy_(leads[name])
-    return {"momentum": {**state.momentum, **dict(zip(names, old, strict=True))}, "lead": {**state.lead, **leads}}
+        old = list(torch._foreach_lerp(old, new, share))  # pyright: ignore[reportPrivateImportUsage]
+    moved, made = dict(zip(names, old, strict=True)), {}
+    for nu in dict.fromkeys(leads[name] for name in names):
+        alike = [index for index, name in enumerate(names) if leads[name] == nu]
+        ahead = torch._foreach_lerp([old[i] for i in alike], [new[i] for i in alike], nu)  # pyright: ignore
+        made |= {
+            names[i]: _led(state.lead.get(names[i]), x, finite, in_place) for i, x in zip(alike, ahead, strict=True)
+        }
+    return {"momentum": {**state.momentum, **moved}, "lead": {**state.lead, **made}}
+
+
+def _led(before: Tensor | None, new: Tensor, finite: Bool[Tensor, ""] | None, in_place: bool) -> Tensor:
+    """The new lead in its own precision, or the one before where a step is left out; where that one is, if ``in_place``."""
+    new = new.to(lead_dtype(new.dtype))
+    if finite is not None:
+        new = torch.where(finite, new, torch.zeros_like(new) if before is None else before.to(new.dtype))
+    return before.copy_(new) if in_place and before is not None and before.dtype == new.dtype else new

@@ -28,7 +28,7 @@ from modula_agd.directions import due
 from modula_agd.error import InvalidArgument
 from modula_agd.exchange import ALONE, Exchange
 from modula_agd.forecast import forecast
-from modula_agd.held_out import begun, measured, renewed, steadiness
+from modula_agd.held_out import begun, lead, measured, renewed, steadiness
 from modula_agd.inspection import check_finite, check_parameters, check_step, check_update, loss_told
 from modula_agd.majorisation import Evidence
 from modula_agd.norm import Direction, wide
@@ -64,6 +64,12 @@ class Move(NamedTuple):
 @dataclass(frozen=True)
 class Method(Derivation):
     """An optimisation method for one network and one loss, made by ``agd``; how an update is made of what they declare."""
+
+    def weights_of(self, gradients: Mapping[str, Tensor], part: float) -> tuple[float, dict[str, float]]:
+        """What fresh gradients of a part of the samples count for: in each momentum, and ahead of it in each lead."""
+        beta = self.momentum or 0.0
+        periods = self.periods(next(iter(gradients.values())).device) if gradients else {}
+        return part * (1 - beta), {name: lead(beta, periods[name]) for name in gradients}
 
     def objective(
         self,
@@ -165,7 +171,7 @@ class Method(Derivation):
             updates[name] = torch.where(move.finite, update, 0.0) if move.finite is not None else update
         past = {"momentum": state.momentum, "lead": state.lead}
         if self.momentum is not None:
-            past = renewed(state, move.gradients, self.momentum, part, move.finite)
+            past = renewed(state, move.gradients, *self.weights_of(move.gradients, part), move.finite)
         return updates, move.state._replace(**past)
 
     def absorb(
@@ -209,7 +215,7 @@ class Method(Derivation):
         if not masked:
             check_finite(dict(zip(self.atoms, ends.tolist(), strict=True)))
         good = ends.isfinite().all() if masked else None
-        past = renewed(state, gradients, self.momentum, part, good)
+        past = renewed(state, gradients, *self.weights_of(gradients, part), good)
         # a direction kept from before would not have seen what was just absorbed
         return self._looked_back(gradients, state, exchange)[0]._replace(**past, directions={})
 

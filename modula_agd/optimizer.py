@@ -259,7 +259,8 @@ class AGD(Lending):
                 weight.add_((base * factor).to(weight.dtype))
         past = {"momentum": seen.momentum, "lead": seen.lead}
         if self.method.momentum is not None:
-            past = renewed(seen, move.gradients, self.method.momentum, part, move.finite, in_place=True)
+            counts = self.method.weights_of(move.gradients, part)
+            past = renewed(seen, move.gradients, *counts, move.finite, in_place=True)
             if seen is not before and move.finite is not None:
                 # a step left out leaves out what was absorbed for it
                 past = {what: _unless(move.finite, getattr(before, what), new) for what, new in past.items()}
