@@ -6,12 +6,15 @@ Equal relative steps are a convention. Along the directions u_k the loss of a st
     s_k = m_k·ω_k·⟨g_t, u_k⟩        f_k = m_k·ω_k·⟨g_t − g_{t+1}, u_k⟩ = Σ_j H_kj·r_j
 
 At the best steps f_k = s_k for every k. Where H has no negative entry, r_k ← r_k·s_k/f_k lowers this loss by minimising a majorant of it
-(Sha, Lin, Saul & Lee 2007, Neural Computation 19(8), multiplicative updates for nonnegative quadratic programming). Here one such update is
-made from equal steps, over and over: *portions*
+(Sha, Lin, Saul & Lee 2007, Neural Computation 19(8), multiplicative updates for nonnegative quadratic programming). Here the factor alone is
+taken, of the steps as they are divided: *portions*
 
     p_k ∝ mean of s_k / mean of f_k,   within 1/4 and 4 of the whole network's ratio,   Σ_k d_k·p_k = Σ_k d_k = D
 
-so that a weight whose slope stays (a head on features that hardly differ) goes further, and one that uses its own up (a first layer on
+Where weights do not interact, f_k = H_kk·p_k, they come to rest at p_k ∝ sqrt(s_k/H_kk), half-way between equal steps and the best.
+To go all the way loses where layers pull alike, as any division is then about as good and noise decides (docs/benchmarks.md).
+
+A weight whose slope stays (a head on features that hardly differ) goes further, and one that uses its own up (a first layer on
 correlated pixels) less far, while the growth of the whole is, to first order, the declared one: the majorant stays, and t with it is
 chosen as before. Both means are of past gradients alone, so that the fresh one measures the descent of a step that it has not seen.
 """
