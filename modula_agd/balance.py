@@ -6,8 +6,8 @@ Equal relative steps are a convention. Along the directions u_k the loss of a st
     s_k = m_k·ω_k·⟨g_t, u_k⟩        f_k = m_k·ω_k·⟨g_t − g_{t+1}, u_k⟩ = Σ_j H_kj·r_j
 
 At the best steps f_k = s_k for every k. Where H has no negative entry, r_k ← r_k·s_k/f_k lowers this loss by minimising a majorant of it
-(Sha, Lin, Saul & Lee 2007, Neural Computation 19(8), multiplicative updates for nonnegative quadratic programming). Here the factor alone is
-taken, of the steps as they are divided: *portions*
+(Sha, Lin, Saul & Lee 2007, Neural Computation 19(8), multiplicative updates for nonnegative quadratic programming). Here the factor
+alone is taken, of the steps as they are divided: *portions*
 
     p_k ∝ mean of s_k / mean of f_k,   within 1/4 and 4 of the whole network's ratio,   Σ_k d_k·p_k = Σ_k d_k = D
 

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from modula_agd import memory
 from modula_agd.error import InvalidArgument
+from modula_agd.held_out import short_dtype
 from modula_agd.holder import named, parameters, refuse
 from modula_agd.method import Method
 from modula_agd.placement import spread
+from modula_agd.polar import working_dtype
 from modula_agd.space import finite
 from modula_agd.state import WEIGHT_SIZED, State
 
@@ -82,10 +84,15 @@ class Grouped(torch.optim.Optimizer):
         return [name for name, period in periods.items() if period > 1]
 
     def _allocate(self, name: str, parameter: Tensor, moves: bool) -> None:
-        moves = moves and self.method.masses[name] > 0
-        momentum, lasting = self.method.momentum is not None, name in self.method.keeps(parameter.device)
-        wanted = {"momentum": momentum, "directions": lasting, "average": self.averaging}
-        memory.allocate(self.state[parameter], parameter, {what: moves and wanted[what] for what in wanted})
+        method, wide = self.method, working_dtype(parameter.dtype)
+        wanted, short = {}, short_dtype(wide)
+        if moves and method.masses[name] > 0:
+            wanted = {"momentum": wide, "lead": short} if method.momentum is not None else {}
+            if name in method.keeps(parameter.device):
+                wanted["directions"] = wide if method.periods(parameter.device)[name] > 1 else short
+            if self.averaging:
+                wanted["average"] = wide
+        memory.allocate(self.state[parameter], parameter, wanted)
 
     def _follow(self) -> None:
         """Take what is remembered to where the model is now: parameters may have been moved to another device since."""

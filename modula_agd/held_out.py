@@ -88,8 +88,10 @@ def lead(momentum: float, period: int) -> float:
     return min(1.0, 2 * (1 - momentum) * math.sqrt(period))
 
 
-def lead_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The lead is only ever a source of directions, which are measured as they are: half a weight's size does."""
+def short_dtype(dtype: torch.dtype) -> torch.dtype:
+    """For what steps are not made of: a lead is a source of directions, and those are measured as they are made; a direction that is
+    kept to measure along it alone may be any near it. Half a weight's size does.
+    """
     return torch.float64 if dtype == torch.float64 else torch.bfloat16
 
 
@@ -148,7 +150,7 @@ def renewed(
 
 def _led(before: Tensor | None, new: Tensor, finite: Bool[Tensor, ""] | None, in_place: bool) -> Tensor:
     """The new lead in its own precision, or the one before where a step is left out; where that one is, if ``in_place``."""
-    new = new.to(lead_dtype(new.dtype))
+    new = new.to(short_dtype(new.dtype))
     if finite is not None:
         new = torch.where(finite, new, torch.zeros_like(new) if before is None else before.to(new.dtype))
     return before.copy_(new) if in_place and before is not None and before.dtype == new.dtype else new

@@ -5,7 +5,8 @@
 * "begun": 1 once p has had a gradient, 0 before; what follows means nothing while it is 0;
 * "momentum_buffer": m of p's shape, where there is momentum; float32 for half precision;
 * "lead": l of p's shape, beside it; bfloat16 but for double precision;
-* "direction": u of p's shape, where curvature or balance is measured along it, or one direction serves several steps;
+* "direction": u of p's shape, where curvature or balance is measured along it, or one direction serves several steps; bfloat16 but
+  for double precision where it does no more than measure;
 * "average": w̄ of p's shape, where weights are averaged; float32 for half precision.
 
 ``param_groups[0]["agd"]``: "format", the numbers of ``State`` by their names, "buffers", the averaged running statistics by name, and
@@ -21,9 +22,7 @@ import torch
 from torch import Tensor
 
 from modula_agd.error import InvalidArgument
-from modula_agd.held_out import lead_dtype
 from modula_agd.placement import is_spread, local, placed, spread
-from modula_agd.polar import working_dtype
 from modula_agd.state import WEIGHT_SIZED, State, complaint, not_finite, odd_tensors
 
 FORMAT = 3
@@ -35,25 +34,22 @@ KEYS = {"momentum": "momentum_buffer", "lead": "lead", "directions": "direction"
 Entries = Mapping[str, dict[str, Any]]
 
 
-def allocate(entry: dict[str, Any], parameter: Tensor, wanted: Mapping[str, bool]) -> None:
+def allocate(entry: dict[str, Any], parameter: Tensor, wanted: Mapping[str, torch.dtype]) -> None:
     """Make what the state of a parameter lacks.
 
     Args:
         entry: ``state[p]``.
         parameter: p.
-        wanted: by the names of ``KEYS``.
+        wanted: the dtypes of what it shall have, by the names of ``KEYS``.
     """
     begun = entry.setdefault("begun", 0)
     like = parameter.detach()
-    dtype = working_dtype(like.dtype)
-    if wanted["momentum"] and "momentum_buffer" not in entry:
-        entry["momentum_buffer"], entry["begun"] = torch.zeros_like(like, dtype=dtype), 0
-        entry["lead"] = torch.zeros_like(like, dtype=lead_dtype(dtype))
-    # a direction that is missing later on is made when it is needed
-    if wanted["directions"] and not begun and "direction" not in entry:
-        entry["direction"] = torch.zeros_like(like, dtype=dtype)
-    if wanted["average"] and "average" not in entry:
-        entry["average"] = like.to(dtype, copy=True)
+    for what, dtype in wanted.items():
+        # a direction that is missing later on is made when it is needed
+        if KEYS[what] in entry or (what == "directions" and begun):
+            continue
+        entry[KEYS[what]] = like.to(dtype, copy=True) if what == "average" else torch.zeros_like(like, dtype=dtype)
+        entry["begun"] = 0 if what == "momentum" else entry["begun"]
 
 
 def recalled(entries: Entries, numbers: Mapping[str, Any]) -> State:

@@ -28,7 +28,7 @@ from modula_agd.directions import due
 from modula_agd.error import InvalidArgument
 from modula_agd.exchange import ALONE, Exchange
 from modula_agd.forecast import forecast
-from modula_agd.held_out import begun, lead, measured, renewed, steadiness
+from modula_agd.held_out import begun, lead, measured, renewed, short_dtype, steadiness
 from modula_agd.inspection import check_finite, check_parameters, check_step, check_update, loss_told
 from modula_agd.majorisation import Evidence
 from modula_agd.norm import Direction, wide
@@ -333,7 +333,9 @@ class Method(Derivation):
             started = exchange.nonzero(known)
             sources |= {name: begun(x, gradients[name], started[name]) for name, x in known.items()}
         fresh = exchange.directions(self.norms, sources, half=self._half(sources, device))
-        kept = {name: fresh[name].dense() for name in fresh if name in held} | {n: state.directions[n] for n in old}
+        kept = {name: fresh[name].dense() for name in fresh if name in held}
+        kept = {n: u if periods[n] > 1 else u.to(short_dtype(u.dtype)) for n, u in kept.items()}
+        kept |= {name: state.directions[name] for name in old}
         # what is kept for a parameter without a gradient this time stays
         kept = {name: value for name, value in state.directions.items() if name not in kept} | kept
         one = torch.ones((), device=device)

@@ -158,11 +158,13 @@ def test_the_state_of_a_parameter_has_the_same_keys_from_the_first_step_to_the_l
     model, optimizer = made(dtype, options=options)
     before = {p: set(optimizer.state[p]) for p in model.parameters()}
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
-    for p in model.parameters():
+    short = torch.float64 if dtype == torch.float64 else torch.bfloat16
+    for name, p in model.named_parameters():
         tensors = {key: value for key, value in optimizer.state[p].items() if key != "begun"}
-        short = torch.float64 if dtype == torch.float64 else torch.bfloat16
-        assert {(key, value.shape, value.dtype) for key, value in tensors.items()} <= {
-            (key, p.shape, short if key == "lead" else wide) for key in KEYS.values()
+        serves = optimizer.method.periods(p.device)[name] > 1
+        dtypes = dict.fromkeys(KEYS.values(), wide) | {"lead": short, "direction": wide if serves else short}
+        assert {key: (value.shape, value.dtype) for key, value in tensors.items()} == {
+            key: (p.shape, dtypes[key]) for key in tensors
         }
         assert ("momentum_buffer" in tensors) == ("lead" in tensors) == (optimizer.method.momentum is not None)
         assert ("average" in tensors) == optimizer.averaging

@@ -54,9 +54,9 @@ def replayed(optimizer):
     return graph.replay
 
 
-def state_numbers(optimizers):
-    """Numbers held between steps."""
-    return sum(x.numel() for o in optimizers for x in tree_leaves(o.state_dict()) if torch.is_tensor(x))
+def state_bytes(optimizers):
+    """Bytes held between steps."""
+    return sum(x.nbytes for o in optimizers for x in tree_leaves(o.state_dict()) if torch.is_tensor(x))
 
 
 def candidates(model, loss, device):
@@ -124,11 +124,11 @@ def main():
     where = torch.cuda.get_device_name(options.device) if cuda else f"{options.threads} threads, {platform.machine()}"
     weights = sum(p.numel() for p in model.parameters())
     print(f"{options.model}, {weights:,} weights, {where}, torch {torch.__version__}\n")
-    print("| optimizer | median ms | quartiles | × Adam | state, numbers per weight |")
+    print("| optimizer | median ms | quartiles | × Adam | state, bytes per weight |")
     print("| --- | --- | --- | --- | --- |")
     for name, values in times.items():
         low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-        state = state_numbers(chosen[name][0]) / weights
+        state = state_bytes(chosen[name][0]) / weights
         print(f"| {name} | {median:.2f} | {low:.2f}, {high:.2f} | {median / adam:.2f} | {state:.2f} |")
 
 
