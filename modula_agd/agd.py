@@ -47,8 +47,8 @@ def agd(
         magnitude: a₀, declared bound of the inputs' norms; a certified search measures it instead.
         nonfinite: what a NaN or infinite gradient does: "raise", or "skip" the step and count it.
         momentum: β, 0 ≤ β < 1, for minibatches: the direction is made of past gradients, and the fresh one measures the
-            descent along it. None, for full batches, makes both of the same gradient. "auto" is 0.95, and None for a
-            certified search.
+            descent along it; the newest of the past counts for 2(1 − β) more, at most 1/2 (``held_out.py``). None, for full batches,
+            makes both of the same gradient. "auto" is 0.95, and None for a certified search.
         smoothing: β_s, 0 ≤ β_s < 1, of the mean of measured descents, where there is momentum. "auto" is the momentum's.
         refresh: steps ≥ 1 that a spectral direction serves where there is momentum; above 1 each is kept, which is one more
             buffer of the weight's size. "auto" is 1 on an accelerator, in compiled code and for short sides below 128, and up to 8
@@ -59,9 +59,10 @@ def agd(
             between 1 and 2, the longer the less steady the measured descents are (``held_out.py``), but 1 for a captured model,
             whose bound is as tight as it is uncertain; 1 elsewhere. Above 1 it is assumed, not derived, that the loss bears it.
         precision: in which polar factors are iterated: "half" is bfloat16, whatever the weights; "full" float32, or float64 of
-            such weights. "auto" is half on CUDA, but for float64, and full elsewhere.
+            such weights, and of past gradients in that precision. "auto" iterates in bfloat16 on CUDA, but for float64, and in float32
+            elsewhere; directions are made of past gradients in bfloat16 then.
         curvature: of the loss bound: "measured", as past steps found it (``curvature.py``), which keeps each weight's last direction
-            (one more buffer of its size), or "declared". "auto" is measured where there is momentum.
+            (one more buffer of half its size), or "declared". "auto" is measured where there is momentum.
         balance: of the weights' steps: "measured", by how much of its slope each was seen to use up (``balance.py``), or "declared", equal
             relative steps times masses. "auto" is measured where curvature is, but for a captured model, and for tracked sizes and a
             closed form, whose growth portions would change.

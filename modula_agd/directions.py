@@ -45,7 +45,7 @@ def directions(norms: Mapping[str, Norm], sources: Mapping[str, Tensor], *, half
 
     Args:
         norms: by name.
-        sources: gradient or momentum by name, for some of the names.
+        sources: gradient or lead by name, for some of the names.
         half: whether polar factors are iterated in bfloat16.
     """
     wanted = {name: norms[name].matrices(source) for name, source in sources.items()}

@@ -3,7 +3,7 @@
 A step t lowers the loss by t·S, S = Σ_k m_k·ω_k·⟨g_k, u_k⟩, and the majorant takes back what the network's growth may do, of
 which the slope at 0 is the depth D = Σ_k m_k·d_k: d_k is how often a relative change of weight k arrives at the output. So a
 weight with the portion p_k of a step *gives* p_k·m_k·ω_k·⟨g_k, u_k⟩/Σ|…| of the descent and *costs* p_k·m_k·d_k/D of the growth. The
-descent along directions made of past gradients, divided by what those gradients themselves promise, ⟨m_k, u_k⟩, tells signal from
+descent along directions made of past gradients, divided by what the mean of those gradients promises, ‖m_k‖_dual, tells signal from
 noise: about 1 is all signal, about 0 all noise; being of one batch, it is as noisy as that batch.
 """
 
@@ -35,7 +35,8 @@ class Share:
 
     Args:
         name: of the parameter.
-        dual: ‖m‖_dual of the momentum (of the gradient where there is none): the descent that past gradients promise.
+        dual: ‖m‖_dual of the mean of past gradients (of the gradient where there is no momentum): the descent that they promise. Of a
+            weight whose first gradient came late it is too small by what it missed.
         descent: ⟨g, u⟩, what the fresh gradient measures along the direction.
         signal: descent/dual; 1 is no noise. Without momentum the two are the same.
         gives: share of the descent, negative where it raises the loss; their absolute values add up to 1.
@@ -164,7 +165,9 @@ def explain(
     made, finite = int(state.steps) > 0, math.isfinite(float(state.descent))
     shares = []
     found = exchange.numbers(lambda norm, momentum: norm.dual(momentum), method.norms, state.momentum)
-    duals = {name: float(dual) for name, dual in found.items()}
+    # the mean of the gradients so far: before them there was nothing
+    counted = 1 - (method.momentum or 0.0) ** max(int(state.steps - state.skipped), 1)
+    duals = {name: float(dual) / counted for name, dual in found.items()}
     for (name, mass), size, pair in zip(method.masses.items(), sizes, pairs, strict=True):
         dual = duals.get(name, float(pair))
         gives = mass * size * pair / total if total else 0.0

@@ -87,7 +87,11 @@ class Grouped(torch.optim.Optimizer):
         method, wide = self.method, working_dtype(parameter.dtype)
         wanted, short = {}, short_dtype(wide)
         if moves and method.masses[name] > 0:
-            wanted = {"momentum": wide, "lead": short} if method.momentum is not None else {}
+            wanted = (
+                {"momentum": wide, "lead": wide if method.precision == "full" else short}
+                if method.momentum is not None
+                else {}
+            )
             if name in method.keeps(parameter.device):
                 wanted["directions"] = wide if method.periods(parameter.device)[name] > 1 else short
             if self.averaging:

@@ -12,7 +12,7 @@ A direction that has not seen g_t answers one step late, and momentum with a del
 2(1 + β)/(1 − β), 78 at β = 0.95; beyond, weights swing with a period of 28 steps. So the direction is made of the *lead* l, in which
 the newest past gradient counts for ν more (quasi-hyperbolic momentum, Ma & Yarats 2019, arXiv:1810.06801): at ν = 2(1 − β) it bears
 a < 5.5, and what swings beyond does so within 8 steps. The lead is of the past as well. A direction that serves r steps is later
-still, and has ν = 2(1 − β)·sqrt(r).
+still, and has ν = 2(1 − β)·sqrt(r). No ν is above 1/2, from which on more of one gradient does not help.
 
 The expectation of s_t over the fresh batch is the true descent along u_t. As signal drowns in noise Ŝ → 0, and the step with it.
 One wild measurement must not set the steps of the next twenty: an s_t beyond ``OUTLIER`` root-mean-squares of those before it
@@ -82,10 +82,10 @@ def steadiness(smoothed: Scalar, scale: Scalar, weight: Scalar) -> Scalar:
 def lead(momentum: float, period: int) -> float:
     """ν of a momentum β and directions that serve ``period`` steps.
 
-    It is within a tenth of the value whose loop is stable for the longest steps (tests/test_held_out.py), for β from 0.8 where
+    It is within a tenth of the value whose loop is stable for the longest steps (tests/test_held_out.py), for β from 0.5 where
     directions serve one step, and at 0.95 up to eight.
     """
-    return min(1.0, 2 * (1 - momentum) * math.sqrt(period))
+    return min(0.5, 2 * (1 - momentum) * math.sqrt(period))
 
 
 def short_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -107,6 +107,7 @@ def renewed(
     leads: Mapping[str, float],
     finite: Bool[Tensor, ""] | None,
     *,
+    full: bool = False,
     in_place: bool = False,
 ) -> dict[str, dict[str, Tensor]]:
     """The state's ``momentum`` and ``lead`` with fresh gradients counted in.
@@ -119,6 +120,7 @@ def renewed(
         grads: the fresh gradients by name, detached.
         share: what they count for in the momentum: 1 − β, times their part of the step's samples.
         leads: ν of each parameter.
+        full: whether leads are as precise as the momentum.
         finite: where False, the past is kept; None where that has been looked at.
         in_place: write over what the state holds, for an optimizer that owns it.
     """
@@ -141,16 +143,17 @@ def renewed(
     moved, made = dict(zip(names, old, strict=True)), {}
     for nu in dict.fromkeys(leads[name] for name in names):
         alike = [index for index, name in enumerate(names) if leads[name] == nu]
-        ahead = torch._foreach_lerp([old[i] for i in alike], [new[i] for i in alike], nu)  # pyright: ignore
-        made |= {
-            names[i]: _led(state.lead.get(names[i]), x, finite, in_place) for i, x in zip(alike, ahead, strict=True)
-        }
-    return {"momentum": {**state.momentum, **moved}, "lead": {**state.lead, **made}}
+        ahead = list(torch._foreach_lerp([old[i] for i in alike], [new[i] for i in alike], nu))  # pyright: ignore
+        # each is let go once it is in its own precision
+        for name in [names[i] for i in reversed(alike)]:
+            made[name] = _led(state.lead.get(name), ahead.pop(), finite, full, in_place)
+    led = {name: made[name] for name in names}
+    return {"momentum": {**state.momentum, **moved}, "lead": {**state.lead, **led}}
 
 
-def _led(before: Tensor | None, new: Tensor, finite: Bool[Tensor, ""] | None, in_place: bool) -> Tensor:
+def _led(before: Tensor | None, new: Tensor, finite: Bool[Tensor, ""] | None, full: bool, in_place: bool) -> Tensor:
     """The new lead in its own precision, or the one before where a step is left out; where that one is, if ``in_place``."""
-    new = new.to(short_dtype(new.dtype))
+    new = new if full else new.to(short_dtype(new.dtype))
     if finite is not None:
         new = torch.where(finite, new, torch.zeros_like(new) if before is None else before.to(new.dtype))
     return before.copy_(new) if in_place and before is not None and before.dtype == new.dtype else new

@@ -53,6 +53,11 @@ def check_update(
             raise InvalidArgument(
                 f"update was given the state of another method: {odd}. Pass the state that init or the last update returned."
             )
+    if state.momentum.keys() != state.lead.keys():
+        raise InvalidArgument(
+            "update was given a state whose lead is not of the parameters that its momentum is of, as one of an older version. Pass the "
+            "state that init or the last update returned."
+        )
     check_gradients(atoms, grads, params)
 
 

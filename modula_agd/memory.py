@@ -4,7 +4,7 @@
 
 * "begun": 1 once p has had a gradient, 0 before; what follows means nothing while it is 0;
 * "momentum_buffer": m of p's shape, where there is momentum; float32 for half precision;
-* "lead": l of p's shape, beside it; bfloat16 but for double precision;
+* "lead": l of p's shape, beside it; bfloat16 but for double precision and where full precision was asked for;
 * "direction": u of p's shape, where curvature or balance is measured along it, or one direction serves several steps; bfloat16 but
   for double precision where it does no more than measure;
 * "average": w̄ of p's shape, where weights are averaged; float32 for half precision.
@@ -128,7 +128,7 @@ def read(
             f"load_state_dict was given a state of AGD that cannot be: {wrong}. Load it as AGD saved it for the same network, or start "
             "anew."
         )
-    if not has_momentum and any("momentum_buffer" in entry for entry in entries.values()):
+    if not has_momentum and any({"momentum_buffer", "lead"} & entry.keys() for entry in entries.values()):
         raise InvalidArgument(
             "load_state_dict was given the state of a method with momentum, but this one has none. Build AGD with the "
             "momentum that it was saved with."
@@ -200,6 +200,8 @@ def _complaint(
         )
         # a kept direction is made anew where there is none
         lacking = begun - tensors.keys() if tensors and what != "directions" else set()
+        # the two are of the same gradients
+        lacking |= {n for n in begun if "momentum_buffer" in entries[n]} - tensors.keys() if what == "lead" else set()
         if lacking:
             wrong = wrong or f"its {what} lacks {', '.join(map(repr, sorted(lacking)))}"
     statistics = numbers.get("buffers", {})

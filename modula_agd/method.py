@@ -65,11 +65,32 @@ class Move(NamedTuple):
 class Method(Derivation):
     """An optimisation method for one network and one loss, made by ``agd``; how an update is made of what they declare."""
 
-    def weights_of(self, gradients: Mapping[str, Tensor], part: float) -> tuple[float, dict[str, float]]:
-        """What fresh gradients of a part of the samples count for: in each momentum, and ahead of it in each lead."""
-        beta = self.momentum or 0.0
-        periods = self.periods(next(iter(gradients.values())).device) if gradients else {}
-        return part * (1 - beta), {name: lead(beta, periods[name]) for name in gradients}
+    def counted(
+        self,
+        state: State,
+        gradients: Mapping[str, Tensor],
+        part: float,
+        finite: Bool[Tensor, ""] | None,
+        *,
+        absorbed: bool = False,
+        in_place: bool = False,
+    ) -> dict[str, dict[str, Tensor]]:
+        """The state's ``momentum`` and ``lead`` with the gradients of a part of a step's samples counted in.
+
+        Args:
+            state: before the update.
+            gradients: by name, detached.
+            part: the share of the step's samples.
+            finite: where False, the past is kept; None where that has been looked at.
+            absorbed: whether the next direction is made of them at once, and serves this step alone.
+            in_place: write over what the state holds.
+        """
+        if self.momentum is None or not gradients:
+            return {"momentum": state.momentum, "lead": state.lead}
+        periods = self._serving(next(iter(gradients.values())).device)
+        ahead = {name: lead(self.momentum, 1 if absorbed else periods[name]) for name in gradients}
+        full = self.precision == "full"
+        return renewed(state, gradients, part * (1 - self.momentum), ahead, finite, full=full, in_place=in_place)
 
     def objective(
         self,
@@ -169,9 +190,7 @@ class Method(Derivation):
                 update = update - (move.shrink[name] * params[name].detach()).to(update.dtype)
             update = update.to(params[name].dtype)
             updates[name] = torch.where(move.finite, update, 0.0) if move.finite is not None else update
-        past = {"momentum": state.momentum, "lead": state.lead}
-        if self.momentum is not None:
-            past = renewed(state, move.gradients, *self.weights_of(move.gradients, part), move.finite)
+        past = self.counted(state, move.gradients, part, move.finite)
         return updates, move.state._replace(**past)
 
     def absorb(
@@ -215,7 +234,7 @@ class Method(Derivation):
         if not masked:
             check_finite(dict(zip(self.atoms, ends.tolist(), strict=True)))
         good = ends.isfinite().all() if masked else None
-        past = renewed(state, gradients, *self.weights_of(gradients, part), good)
+        past = self.counted(state, gradients, part, good, absorbed=True)
         # a direction kept from before would not have seen what was just absorbed
         return self._looked_back(gradients, state, exchange)[0]._replace(**past, directions={})
 
@@ -269,7 +288,7 @@ class Method(Derivation):
             check_step(t.float(), evidence)
         else:
             # made of a gradient itself, a direction may be NaN
-            kept |= {name: torch.where(finite, kept[name], 0.0) for name in kept.keys() - state.momentum.keys()}
+            kept |= {name: torch.where(finite, kept[name], 0.0) for name in kept.keys() - state.lead.keys()}
         after = state._replace(
             eta=relaxed * best.eta,
             t=t,
@@ -305,6 +324,11 @@ class Method(Derivation):
 
     # -- parts of an update ----------------------------------------------------------------------------------------------
 
+    def _serving(self, device: torch.device) -> dict[str, int]:
+        """Steps that one direction of each parameter serves here: which are due is for the host to decide, which would cut a graph."""
+        compiled = torch.compiler.is_compiling() and self.refresh is None
+        return dict.fromkeys(self.atoms, 1) if compiled else self.periods(device)
+
     def _masked(self, device: torch.device) -> bool:
         """Whether what cannot be looked at without a wait (or, compiled, without leaving the graph) is masked instead."""
         return self.nonfinite == "skip" or device.type != "cpu" or torch.compiler.is_compiling()
@@ -318,14 +342,14 @@ class Method(Derivation):
         self, gradients: Mapping[str, Tensor], state: State, device: torch.device, exchange: Exchange
     ) -> tuple[dict[str, Direction], dict[str, Tensor]]:
         """u of each parameter, and those that shall serve further steps."""
-        periods = self._plan(device).periods
+        periods = self._serving(device)
         places = {name: index for index, name in enumerate(self.atoms)}
-        # which directions are due is for the host to decide, which would cut the graph
-        renews = self.momentum is None or (torch.compiler.is_compiling() and self.refresh is None)
-        lasting = {name for name in gradients if periods[name] > 1 and not renews}
+        lasting = {name for name in gradients if periods[name] > 1}
         clock = int(state.clock) if lasting else 0
         held = set(gradients) if self.measures else lasting
         old = {name for name in lasting & state.directions.keys() if not due(clock, places[name], periods[name])}
+        # one that was kept to measure along it is too rough to step along
+        old = {name for name in old if state.directions[name].dtype == working_dtype(gradients[name].dtype)}
         sources = {name: state.lead.get(name, gradients[name]) for name in gradients if name not in old}
         sources = {name: source.to(working_dtype(gradients[name].dtype)) for name, source in sources.items()}
         if self.skips:
@@ -333,8 +357,7 @@ class Method(Derivation):
             started = exchange.nonzero(known)
             sources |= {name: begun(x, gradients[name], started[name]) for name, x in known.items()}
         fresh = exchange.directions(self.norms, sources, half=self._half(sources, device))
-        kept = {name: fresh[name].dense() for name in fresh if name in held}
-        kept = {n: u if periods[n] > 1 else u.to(short_dtype(u.dtype)) for n, u in kept.items()}
+        kept = {name: _filed(fresh[name].dense(), periods[name]) for name in fresh if name in held}
         kept |= {name: state.directions[name] for name in old}
         # what is kept for a parameter without a gradient this time stays
         kept = {name: value for name, value in state.directions.items() if name not in kept} | kept
@@ -400,9 +423,13 @@ def _kept(new: dict[str, Tensor], old: dict[str, Tensor], finite: Bool[Tensor, "
     """The directions to keep: a step that is left out leaves them as they were."""
     if finite is None:
         return new
-    return {
-        n: x if x is old.get(n) else torch.where(finite, x, old.get(n, torch.zeros_like(x))) for n, x in new.items()
-    }
+    before = {n: old[n].to(x.dtype) if n in old else torch.zeros_like(x) for n, x in new.items() if x is not old.get(n)}
+    return {n: torch.where(finite, x, before[n]) if n in before else x for n, x in new.items()}
+
+
+def _filed(direction: Tensor, period: int) -> Tensor:
+    """A direction in the precision in which it is kept, whether to step along it again or to measure alone."""
+    return direction if period > 1 else direction.to(short_dtype(direction.dtype))
 
 
 def _ends(gradient: Tensor | None, like: Tensor) -> Scalar:

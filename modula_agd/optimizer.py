@@ -16,7 +16,6 @@ from modula_agd.error import InvalidArgument
 from modula_agd.exchange import ALONE
 from modula_agd.explanation import Explanation, explain, scalars
 from modula_agd.grouped import Now, Rates
-from modula_agd.held_out import renewed
 from modula_agd.holder import holder, outside, parameters, refuse, unwrapped
 from modula_agd.inspection import check_gradients
 from modula_agd.lending import Lending
@@ -213,7 +212,7 @@ class AGD(Lending):
         return returned
 
     def _move(self, rates: Rates, evidence: Evidence | None, loss: Tensor | float | None) -> None:
-        """Decide on a step, then write it over weights, momentum and average; nothing is written if deciding fails."""
+        """Decide on a step, then write it over weights, momentum, lead and average; nothing is written if deciding fails."""
         whole, trained = self._parameters(), self._trained()
         odd = [name for name, parameter in self._outside if parameter.grad is not None]
         if odd:
@@ -257,13 +256,11 @@ class AGD(Lending):
                 weight.addcmul_(base, factor)
             else:
                 weight.add_((base * factor).to(weight.dtype))
-        past = {"momentum": seen.momentum, "lead": seen.lead}
-        if self.method.momentum is not None:
-            counts = self.method.weights_of(move.gradients, part)
-            past = renewed(seen, move.gradients, *counts, move.finite, in_place=True)
-            if seen is not before and move.finite is not None:
-                # a step left out leaves out what was absorbed for it
-                past = {what: _unless(move.finite, getattr(before, what), new) for what, new in past.items()}
+        past = self.method.counted(seen, move.gradients, part, move.finite, in_place=True)
+        if seen is not before and move.finite is not None:
+            # a step left out leaves out what was absorbed for it, and leaves the directions of before
+            past["directions"] = move.state.directions
+            past = {what: _unless(move.finite, getattr(before, what), new) for what, new in past.items()}
         applied = self._applied(move, multipliers)
         due = move.state.due * self._reached(move, multipliers, applied)
         self.current = move.state._replace(**past, due=due, rates=applied)
@@ -335,7 +332,10 @@ def _held(state: State) -> State:
 
 def _unless(finite: Tensor, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The new tensors, where ``finite``; the old ones, or 0, otherwise."""
-    return {name: torch.where(finite, x, old[name] if name in old else torch.zeros_like(x)) for name, x in new.items()}
+    return {
+        name: torch.where(finite, x, old[name].to(x.dtype) if name in old else torch.zeros_like(x))
+        for name, x in new.items()
+    }
 
 
 def _gradient(parameter: Tensor | None) -> Tensor | None:

@@ -1,6 +1,6 @@
 """Rescaling: divide blocks of a tensor by their largest entry, so that no later square under- or overflows.
 
-A momentum row that decays over many steps reaches denormal numbers; its Euclidean norm then underflows to 0 while its
+A row of past gradients that decays over many steps reaches denormal numbers; its Euclidean norm then underflows to 0 while its
 entries do not, and 0/0 or m/0 destroys the weights. Every dual direction therefore starts from rescaled blocks, and a
 block without a normal number in it counts as zero and stays zero.
 """

@@ -43,7 +43,7 @@ class State(NamedTuple):
         used: mean of what a step then used up of it, times ``counted``.
         counted: the sum of what these two weigh.
         momentum: m of each parameter that has had a gradient; empty without momentum.
-        lead: l of the same, which the next direction is made of; bfloat16 but for double precision.
+        lead: l of the same, which the next direction is made of; bfloat16 but for double precision, or where full was asked for.
         directions: u of each parameter at the last step, kept where it serves further steps, or (bfloat16 but for double precision)
             where curvature or balance is measured along it; else empty.
     """

@@ -235,6 +235,29 @@ def test_where_bad_batches_are_skipped_one_micro_batch_leaves_the_whole_step_out
     assert all(torch.equal(m, momentum[name]) for name, m in optimizer.current.momentum.items())
 
 
+def test_a_step_left_out_leaves_directions_that_serve_on_as_they_were() -> None:
+    model = NET.to_torch(0)
+    optimizer = AGD(model, LOSS, nonfinite="skip", refresh=4)
+    for seed in range(5):
+        optimizer.zero_grad()
+        backward(model, seed)
+        optimizer.step()
+    before = {name: value.clone() for name, value in optimizer.current.directions.items()}
+    for seed in (5, 6):
+        backward(model, seed)
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.fill_(torch.nan)
+        optimizer.accumulate()
+    optimizer.step()
+    assert int(optimizer.current.skipped) == 1
+    assert all(torch.equal(u, before[name]) for name, u in optimizer.current.directions.items())
+    start = weights(model)
+    backward(model, 7)
+    optimizer.step()
+    assert not any(torch.equal(w, start[name]) for name, w in weights(model).items())
+
+
 def test_accumulating_the_average_by_mistake_is_refused() -> None:
     model = NET.to_torch(0)
     optimizer = AGD(model, LOSS)

@@ -281,6 +281,7 @@ def _stepped(model, optimizer, steps: int = 2) -> list[float]:
         ("momentum_buffer", torch.zeros(2)),
         ("momentum_buffer", torch.zeros(2, 2)),
         ("momentum_buffer", [1.0]),
+        ("lead", torch.zeros(2)),
     ],
     ids=str,
 )
@@ -290,12 +291,32 @@ def test_a_saved_state_that_cannot_be_is_refused_whole(field, value) -> None:
     _stepped(model, optimizer)
     saved, before = optimizer.state_dict(), copy.deepcopy(optimizer.state_dict())
     spoiled = copy.deepcopy(saved)
-    (spoiled["state"][0] if field == "momentum_buffer" else spoiled["param_groups"][0]["agd"])[field] = value
+    (spoiled["state"][0] if field in ("momentum_buffer", "lead") else spoiled["param_groups"][0]["agd"])[field] = value
     with pytest.raises(InvalidArgument, match="cannot be"):
         optimizer.load_state_dict(spoiled)
     assert same(optimizer.state_dict(), before)
     optimizer.load_state_dict(saved)
     assert same(optimizer.state_dict(), before)
+
+
+def test_leads_and_momenta_go_together() -> None:
+    model = NETWORK.to_torch(0)
+    optimizer = AGD(model, SquareLoss())
+    _stepped(model, optimizer)
+    without = copy.deepcopy(optimizer.state_dict())
+    for entry in without["state"].values():
+        del entry["lead"]
+    with pytest.raises(InvalidArgument, match="its lead lacks"):
+        optimizer.load_state_dict(without)
+    alone = copy.deepcopy(optimizer.state_dict())
+    for entry in alone["state"].values():
+        del entry["momentum_buffer"]
+    with pytest.raises(InvalidArgument, match="with momentum"):
+        AGD(model, SquareLoss(), momentum=None).load_state_dict(alone)
+    params = {name: value.detach() for name, value in model.named_parameters()}
+    grads = {name: torch.ones_like(value) for name, value in params.items()}
+    with pytest.raises(InvalidArgument, match="lead is not of the parameters"):
+        optimizer.method.update(grads, optimizer.current._replace(lead={}), params)
 
 
 @pytest.mark.parametrize(("first", "then"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])

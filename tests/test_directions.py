@@ -120,6 +120,43 @@ def test_kept_directions_equal_a_slow_reference() -> None:
         params = {name: weight + updates[name] for name, weight in params.items()}
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_lead_is_of_the_steps_that_a_direction_serves(compiled: bool) -> None:
+    """Compiled code renews every direction at each step."""
+    net = Linear(200, 128)
+    method, params = agd(net, SquareLoss(), precision="full"), net.init(0)
+    torch.compiler.reset()
+    update = torch.compile(method.update, backend="eager", fullgraph=True) if compiled else method.update
+    first, second = ({"weight": gaussian(200, 128, seed=seed).float()} for seed in (0, 1))
+    _, state = update(first, method.init(params), params)
+    _, state = update(second, state, params)
+    nu = 0.1 if compiled else 0.1 * 2**0.5
+    expected = torch.lerp(state.momentum["weight"], second["weight"], nu)
+    torch.testing.assert_close(state.lead["weight"], expected)
+
+
+def test_a_direction_that_was_kept_to_measure_alone_is_made_anew_where_it_shall_serve() -> None:
+    params = {name: value.detach() for name, value in NET.init(0).items()}
+    once, often = (agd(NET, SquareLoss(), refresh=refresh) for refresh in (1, 4))
+    state = once.init(params)
+    for seed in range(6):
+        grads = torch.func.grad(once.objective)(params, *[x.float() for x in batch(seed)])
+        _, state = once.update(grads, state, params)
+    assert {u.dtype for u in state.directions.values()} == {torch.bfloat16}
+    _, state = often.update(grads, state, params)
+    assert {u.dtype for u in state.directions.values()} == {torch.float32}
+
+
+def test_directions_keep_their_precision_where_steps_are_masked() -> None:
+    params = {name: value.detach() for name, value in NET.init(0).items()}
+    grads = torch.func.grad(agd(NET, SquareLoss()).objective)(params, *[x.float() for x in batch(0)])
+    state = agd(NET, SquareLoss()).init(params)
+    for refresh, dtype in ((4, torch.float32), (1, torch.bfloat16), (4, torch.float32)):
+        method = agd(NET, SquareLoss(), refresh=refresh, nonfinite="skip")
+        _, state = method.update(grads, state, params)
+        assert {u.dtype for u in state.directions.values()} == {dtype}
+
+
 def test_small_matrices_keep_no_direction_and_large_ones_one() -> None:
     net = Linear(8, 130) @ Linear(130, 200) @ Linear(200, 4)
     method = agd(net, SquareLoss(), curvature="declared")

@@ -185,7 +185,10 @@ def plan(ranks):
         ("bytes that the busiest rank receives for directions", f"{moved / 1e9:.2f} GB (it sends {sent / 1e9:.2f} GB)"),
         ("bytes that FSDP2 moves for weights and gradients anyhow", f"{usual / 1e9:.1f} GB per rank"),
         ("in flight on the busiest owner: lead and direction in float32", f"{2 * 4 * max(held) / 1e9:.2f} GB"),
-        ("kept per rank: weight, momentum, direction, average in float32, lead in bfloat16", f"{18 * weights / ranks / 1e9:.2f} GB"),
+        (
+            "kept per rank: weight, momentum, average in float32, lead and direction in bfloat16",
+            f"{16 * weights / ranks / 1e9:.2f} GB",
+        ),
         ("seconds of a gradient (assumed speed)", f"{gradient / ranks / FLOPS / USED:.2f}"),
         ("seconds of directions (assumed speed)", f"{max(load) / FLOPS / USED:.3f}"),
         ("seconds of their exchange (assumed link)", f"{moved / LINK / FILLED:.3f}"),

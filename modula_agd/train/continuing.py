@@ -172,6 +172,8 @@ def _state(saved: Checkpoint, start: Point, trainer: Trainer) -> Any:
     wrong = complaint(state._asdict(), start.state)
     for what, tensors in held.items():
         wrong = wrong or odd_tensors(what, tensors, shapes) or not_finite(what, tensors)
+    if wrong is None and held["momentum"].keys() != held["lead"].keys():
+        wrong = "its lead is not of the parameters that its momentum is of, as in runs of older versions"
     if wrong is None and held["momentum"] and trainer.method.momentum is None:
         wrong = "it has momentum, where this method has none"
     if wrong is not None:

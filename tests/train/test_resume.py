@@ -267,6 +267,11 @@ def test_other_data_another_network_and_another_method_are_refused(half, tmp_pat
             lambda saved: saved._replace(state={k: v for k, v in saved.state.items() if k != "eta"}),
             "has no eta",
         ),
+        (
+            # of a version whose directions were made of the momentum
+            lambda saved: saved._replace(state={k: v for k, v in saved.state.items() if not k.startswith("lead")}),
+            "its lead is not of the parameters",
+        ),
         (lambda saved: saved._replace(average={}), "other averaged weights than the network"),
     ],
 )
