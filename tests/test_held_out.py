@@ -204,13 +204,14 @@ def test_a_product_network_that_outgrows_its_sizes_does_not_run_away() -> None:
 
 @pytest.mark.parametrize(("curvature", "buffers"), [("declared", 2), ("measured", 3)])
 def test_state_is_buffers_of_the_weights_size_and_scalars(curvature, buffers: int) -> None:
-    """The momentum, the lead in half as many bytes, and where curvature is measured the last directions."""
+    """The momentum, the lead in half as many bytes, and where curvature is measured the last directions in as few."""
     method = agd(NET, SquareLoss(), momentum=BETA, curvature=curvature)
     params = NET.init(0)
     _, state = method.update(gradients(method, params, *[x.float() for x in batch(0)]), method.init(params), params)
     weights = sum(weight.numel() for weight in params.values())
     assert sum(value.numel() for value in state.momentum.values()) == weights
     assert sum(value.nbytes for value in state.lead.values()) == 2 * weights
+    assert sum(value.nbytes for value in state.directions.values()) == 2 * weights * (buffers - 2)
     assert sum(value.numel() for value in tree_leaves(state)) <= buffers * weights + 7 * len(params) + 21
     assert method.init(params).momentum == method.init(params).lead == {}
 
