@@ -135,20 +135,25 @@ def renewed(
     ]
     if finite is not None:
         new = [torch.where(finite, value, before) for value, before in zip(new, old, strict=True)]
-    # one kernel for many parameters, as in torch's own optimizers
     if in_place:
+        # one kernel for many parameters, as in torch's own optimizers
         torch._foreach_lerp_(old, new, share)  # pyright: ignore[reportPrivateImportUsage]
     else:
-        old = list(torch._foreach_lerp(old, new, share))  # pyright: ignore[reportPrivateImportUsage]
-    moved, made = dict(zip(names, old, strict=True)), {}
+        old = [torch.lerp(before, value, share) for before, value in zip(old, new, strict=True)]
+    led: dict[str, Tensor] = {}
     for nu in dict.fromkeys(leads[name] for name in names):
         alike = [index for index, name in enumerate(names) if leads[name] == nu]
-        ahead = list(torch._foreach_lerp([old[i] for i in alike], [new[i] for i in alike], nu))  # pyright: ignore
+        means, ends = [old[i] for i in alike], [new[i] for i in alike]
+        if in_place:
+            ahead = list(torch._foreach_lerp(means, ends, nu))  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            # torch.vmap has no rule for many at once
+            ahead = [torch.lerp(mean, end, nu) for mean, end in zip(means, ends, strict=True)]
         # each is let go once it is in its own precision
         for name in [names[i] for i in reversed(alike)]:
-            made[name] = _led(state.lead.get(name), ahead.pop(), finite, full, in_place)
-    led = {name: made[name] for name in names}
-    return {"momentum": {**state.momentum, **moved}, "lead": {**state.lead, **led}}
+            led[name] = _led(state.lead.get(name), ahead.pop(), finite, full, in_place)
+    moved = dict(zip(names, old, strict=True))
+    return {"momentum": {**state.momentum, **moved}, "lead": {**state.lead, **{name: led[name] for name in names}}}
 
 
 def _led(before: Tensor | None, new: Tensor, finite: Bool[Tensor, ""] | None, full: bool, in_place: bool) -> Tensor:
