@@ -27,13 +27,23 @@ MEMORY = 0.95
 LEAST, MOST = 1 / 8, 16.0
 """κ is kept between these, and no single step counts for more than MOST. A slope that has not fallen must not send a step to infinity;
 steps that were let grow further did no better by training losses over whole runs (docs/benchmarks.md)."""
+UNKNOWN = 1 / 2
+"""The least κ where measured descents do not stand out of noise, of which steps would be made that are longer by 1/κ."""
 
 
-def curvature(state: State) -> Scalar:
-    """κ: 1 before anything was measured."""
+def curvature(state: State, steady: Scalar, noise: float) -> Scalar:
+    """κ: 1 before anything was measured.
+
+    Args:
+        state: with the steps so far counted in.
+        steady: q, the share of the descents' mean square that their mean has (``held_out.py``).
+        noise: what q is, in expectation, of noise alone: (1 − β_s)/(1 + β_s) of a mean with weight β_s of the past. Up to
+            this q the least κ is ``UNKNOWN``, and from four times as much on ``LEAST``.
+    """
     known = state.expected > 0
     ratio = state.fallen / torch.where(known, state.expected, 1.0)
-    return torch.where(known, ratio, 1.0).clamp(LEAST, MOST)
+    least = (UNKNOWN * noise / steady).clamp(LEAST, UNKNOWN)
+    return torch.where(known, torch.maximum(ratio, least), 1.0).clamp(max=MOST)
 
 
 def looked_back(state: State, left: Tensor, reach: Tensor) -> dict[str, Any]:

@@ -98,6 +98,12 @@ class Derivation:
         return "measured" in (self.curvature, self.balance)
 
     @property
+    def noise(self) -> float:
+        """What the steadiness of measured descents is, in expectation, of noise alone."""
+        past = self.smoothing or 0.0
+        return (1 - past) / (1 + past)
+
+    @property
     def needs_evidence(self) -> bool:
         """Whether ``update`` must be given ``evidence``."""
         return self.search.needs_evidence

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from modula_agd.bound import aligned
-from modula_agd.curvature import curvature
 from modula_agd.error import InvalidArgument
 from modula_agd.exchange import ALONE, Exchange
 from modula_agd.forecast import MEMORY
@@ -195,7 +194,7 @@ def explain(
         smoothed,
         float(state.depth),
         float(state.magnitude),
-        float(curvature(state)) if method.curvature == "measured" else 1.0,
+        float(method.curved(state)),
         -float(state.change),
         predicted,
         realised,
@@ -226,7 +225,7 @@ def scalars(method: Method, state: State, multipliers: Mapping[str, float | Tens
         "smoothed": smoothed,
         "depth": state.depth,
         "magnitude": state.magnitude,
-        "curvature": curvature(state) if method.curvature == "measured" else torch.ones_like(state.t),
+        "curvature": method.curved(state),
         "promised": -state.change,
         "predicted": state.predicted / told,
         "realised": state.realised / told,

@@ -278,9 +278,12 @@ class Method(Derivation):
         if self.momentum is not None:
             # a zero gradient means a zero step of its weight, whatever the past says
             reach = reach * (pairs != 0)
-        majorant, factor = self._majorant(usable.clamp(min=0.0), sizes, device, evidence), self._curvature(state)
+        steady = steadiness(smoothed, scale, weight)
+        majorant = self._majorant(usable.clamp(min=0.0), sizes, device, evidence)
+        counted = state._replace(smoothed=smoothed, scale=scale, weight=weight)
+        factor = self.curved(counted) if self.curvature == "measured" else None
         best = self.search.minimum(majorant if factor is None else majorant.curved(factor))
-        relaxed = 2.0 - steadiness(smoothed, scale, weight) if self.relaxation is None else self.relaxation
+        relaxed = 2.0 - steady if self.relaxation is None else self.relaxation
         t = relaxed * best.t
         # sizes or magnitudes near the ends of the number range can overflow on the way to a step, in the weights' precision too
         finite = finite & t.float().isfinite()
@@ -317,6 +320,12 @@ class Method(Derivation):
         shares = {name: (self.decay * lengths[name]).clamp(max=1.0) for name in directions if self.decay}
         shrink = {name: share * moved[name] for name, share in shares.items()}
         return Move(directions, gradients, amounts, shrink, finite if masked else None, after)
+
+    def curved(self, state: State) -> Scalar:
+        """κ, the curvature that steps found in units of the declared one; 1 where it is not measured."""
+        if self.curvature != "measured":
+            return torch.ones_like(state.t)
+        return curvature(state, steadiness(state.smoothed, state.scale, state.weight), self.noise)
 
     def check(self, state: State) -> None:
         """Raise ``NonFiniteGradient`` if the update behind ``state`` met one. Waits for the device."""
@@ -380,10 +389,6 @@ class Method(Derivation):
         fallen = looked_back(state, pairs, reach * state.portions) if self.curvature == "measured" else {}
         used = weighed(state, pairs, reach) if self.balance == "measured" else {}
         return state._replace(**fallen, **used), left
-
-    def _curvature(self, state: State) -> Scalar | None:
-        """κ, where it is measured."""
-        return curvature(state) if self.curvature == "measured" else None
 
     def _half(self, sources: Mapping[str, Tensor], device: torch.device) -> bool:
         """Whether polar factors are iterated in bfloat16; "auto": where that is what an accelerator is fast at."""

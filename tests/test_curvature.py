@@ -20,7 +20,7 @@ from modula_agd import (
     Tanh,
     agd,
 )
-from modula_agd.curvature import LEAST, MEMORY, MOST, curvature
+from modula_agd.curvature import LEAST, MEMORY, MOST, UNKNOWN, curvature
 from modula_agd.held_out import OUTLIER
 from modula_agd.train import task
 from support import gaussian
@@ -59,8 +59,6 @@ def test_thirty_steps_equal_a_slow_reference() -> None:
                 counts.append((max(min(raw - left, MOST * due), -MOST * due), due))
             ages = [MEMORY ** (len(counts) - 1 - i) * (1 - MEMORY if i else 1.0) for i in range(len(counts))]
             fallen, expected = (sum(w * x for w, x in zip(ages, xs, strict=True)) for xs in zip(*counts, strict=True))
-            factor = min(max(fallen / expected, LEAST), MOST)
-            clipped += factor != fallen / expected
         nu = 2 * (1 - BETA)
         source = {n: (1 - nu) * m + nu * last[n] for n, m in momentum.items()} or grads
         directions = {name: atom.norm.direction(source[name]).dense() for name, atom in NET.weights().items()}
@@ -73,13 +71,19 @@ def test_thirty_steps_equal_a_slow_reference() -> None:
         slopes.append(counted)
         weights = [BETA ** (len(slopes) - 1 - i) for i in range(len(slopes))]
         smoothed = max(sum(w * s for w, s in zip(weights, slopes, strict=True)) / sum(weights), 0.0)
+        steady = smoothed**2 / (sum(w * s * s for w, s in zip(weights, slopes, strict=True)) / sum(weights))
+        if counts:
+            noise = (1 - BETA) / (1 + BETA)
+            least = min(max(UNKNOWN * noise / steady, LEAST), UNKNOWN) if steady else UNKNOWN
+            factor = min(max(fallen / expected, least), MOST)
+            clipped += factor != fallen / expected
         plan = method._plan(torch.device("cpu"))
         majorant = method._majorant(torch.tensor(smoothed, dtype=torch.float64), plan.sizes, torch.device("cpu"), None)
         t = 1.5 * float(ExactGrowth().minimum(majorant.curved(torch.tensor(factor, dtype=torch.float64))).t)
         due = 1.5 * smoothed / factor
 
         updates, state = method.update(grads, state, params)
-        assert float(curvature(state)) == pytest.approx(factor, rel=1e-9)
+        assert float(method.curved(state)) == pytest.approx(factor, rel=1e-9)
         assert float(state.t) == pytest.approx(t, rel=1e-9)
         for name, u in directions.items():
             torch.testing.assert_close(updates[name], -t * u, rtol=1e-8, atol=1e-12)
@@ -132,7 +136,7 @@ def test_weights_of_other_sizes_than_declared_are_found_out(scale: float) -> Non
     for _ in range(40):
         updates, state = method.update(gradients(method, params, inputs, targets), state, params)
         params = moved(params, updates)
-    assert float(curvature(state)) > 1 if scale > 1 else float(curvature(state)) < 1
+    assert float(method.curved(state)) > 1 if scale > 1 else float(method.curved(state)) < 1
 
 
 def plain(depth: int, steps: int, **options) -> list[float]:
@@ -234,7 +238,7 @@ def test_what_needs_no_measurement_keeps_no_direction() -> None:
         method = agd(NET, SquareLoss(), **options)
         _, state = method.update(grads, method.init(params), params)
         assert state.directions == {}
-        assert float(curvature(state)) == 1
+        assert float(method.curved(state)) == 1
     with pytest.raises(InvalidArgument, match="without momentum"):
         agd(NET, SquareLoss(), momentum=None, curvature="measured")
     with pytest.raises(InvalidArgument, match="curvature"):
@@ -244,3 +248,25 @@ def test_what_needs_no_measurement_keeps_no_direction() -> None:
 def test_the_certificate_says_what_is_measured() -> None:
     assert any("measured curvature" in line for line in agd(NET, SquareLoss()).certificate().assumptions)
     assert not any("measured curvature" in x for x in agd(NET, SquareLoss(), momentum=None).certificate().assumptions)
+
+
+@pytest.mark.parametrize(
+    ("steady", "least"), [(1.0, LEAST), (0.2, LEAST), (0.1, LEAST), (0.05, 1 / 4), (0.025, UNKNOWN), (0.0, UNKNOWN)]
+)
+def test_a_slope_that_does_not_fall_lets_steps_grow_as_far_as_descents_stand_out_of_noise(steady, least) -> None:
+    method = agd(NET, SquareLoss())
+    assert method.noise == pytest.approx(0.05 / 1.95)
+    one = torch.ones((), dtype=torch.float64)
+    state = method.init(NET.init(0))._replace(fallen=0 * one, expected=one)
+    assert float(curvature(state, steady * one, 0.025)) == pytest.approx(least)
+    # what is found more curved is not touched
+    assert float(curvature(state._replace(fallen=3 * one), steady * one, 0.025)) == 3
+
+
+def test_noise_alone_has_the_steadiness_that_the_method_reckons_with() -> None:
+    """q of a mean with weight β of the past, over 4,000 runs of noise without any mean."""
+    generator = torch.Generator().manual_seed(0)
+    ages = 0.95 ** torch.arange(400, dtype=torch.float64)
+    noise = torch.randn(4000, 400, generator=generator, dtype=torch.float64)
+    mean, square = ((noise**power * ages).sum(1) / ages.sum() for power in (1, 2))
+    assert float((mean**2 / square).mean()) == pytest.approx(agd(NET, SquareLoss()).noise, rel=0.1)
