@@ -120,7 +120,8 @@ def alike(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     for mine, theirs in zip(found, expected, strict=True):
         for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "eta"):
             assert (mine[key] is None) == (theirs[key] is None), key
-            assert mine[key] is None or mine[key] == pytest.approx(theirs[key], rel=1e-4), (mine["step"], key)
+            # leads have eight bits: gradients summed in another order round to others here and there
+            assert mine[key] is None or mine[key] == pytest.approx(theirs[key], rel=2e-3), (mine["step"], key)
 
 
 @pytest.mark.slow
