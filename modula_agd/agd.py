@@ -59,7 +59,7 @@ def agd(
             between 1 and 2, the longer the less steady the measured descents are (``held_out.py``), but 1 for a captured model,
             whose bound is as tight as it is uncertain; 1 elsewhere. Above 1 it is assumed, not derived, that the loss bears it.
         precision: in which polar factors are iterated: "half" is bfloat16, whatever the weights; "full" float32, or float64 of
-            such weights, and of past gradients in that precision. "auto" iterates in bfloat16 on CUDA, but for float64, and in float32
+            such weights, and nothing that is kept is shorter. "auto" iterates in bfloat16 on CUDA, but for float64, and in float32
             elsewhere; directions are made of past gradients in bfloat16 then.
         curvature: of the loss bound: "measured", as past steps found it (``curvature.py``), which keeps each weight's last direction
             (one more buffer of half its size), or "declared". "auto" is measured where there is momentum.

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from modula_agd import memory
 from modula_agd.error import InvalidArgument
-from modula_agd.held_out import short_dtype
 from modula_agd.holder import named, parameters, refuse
 from modula_agd.method import Method
 from modula_agd.placement import spread
@@ -85,15 +84,11 @@ class Grouped(torch.optim.Optimizer):
 
     def _allocate(self, name: str, parameter: Tensor, moves: bool) -> None:
         method, wide = self.method, working_dtype(parameter.dtype)
-        wanted, short = {}, short_dtype(wide)
+        wanted = {}
         if moves and method.masses[name] > 0:
-            wanted = (
-                {"momentum": wide, "lead": wide if method.precision == "full" else short}
-                if method.momentum is not None
-                else {}
-            )
+            wanted = {"momentum": wide, "lead": method.kept_dtype(wide)} if method.momentum is not None else {}
             if name in method.keeps(parameter.device):
-                wanted["directions"] = wide if method.periods(parameter.device)[name] > 1 else short
+                wanted["directions"] = method.kept_dtype(wide, method.periods(parameter.device)[name])
             if self.averaging:
                 wanted["average"] = wide
         memory.allocate(self.state[parameter], parameter, wanted)

@@ -5,8 +5,8 @@
 * "begun": 1 once p has had a gradient, 0 before; what follows means nothing while it is 0;
 * "momentum_buffer": m of p's shape, where there is momentum; float32 for half precision;
 * "lead": l of p's shape, beside it; bfloat16 but for double precision and where full precision was asked for;
-* "direction": u of p's shape, where curvature or balance is measured along it, or one direction serves several steps; bfloat16 but
-  for double precision where it does no more than measure;
+* "direction": u of p's shape, where curvature or balance is measured along it, or one direction serves several steps; as short
+  as the lead where it does no more than measure;
 * "average": w̄ of p's shape, where weights are averaged; float32 for half precision.
 
 ``param_groups[0]["agd"]``: "format", the numbers of ``State`` by their names, "buffers", the averaged running statistics by name, and

@@ -280,8 +280,7 @@ class Method(Derivation):
             reach = reach * (pairs != 0)
         steady = steadiness(smoothed, scale, weight)
         majorant = self._majorant(usable.clamp(min=0.0), sizes, device, evidence)
-        counted = state._replace(smoothed=smoothed, scale=scale, weight=weight)
-        factor = self.curved(counted) if self.curvature == "measured" else None
+        factor = curvature(state, steady, self.noise) if self.curvature == "measured" else None
         best = self.search.minimum(majorant if factor is None else majorant.curved(factor))
         relaxed = 2.0 - steady if self.relaxation is None else self.relaxation
         t = relaxed * best.t
@@ -307,7 +306,7 @@ class Method(Derivation):
             scale=scale,
             weight=weight,
             clock=state.clock + 1,
-            directions=_kept(kept, state.directions, finite if masked else None),
+            directions=unless(finite if masked else None, state.directions, kept),
             due=torch.where(finite, relaxed * majorant.descent / (1.0 if factor is None else factor), 0.0),
             portions=parts,
             rates=torch.ones_like(parts),
@@ -321,7 +320,7 @@ class Method(Derivation):
         shrink = {name: share * moved[name] for name, share in shares.items()}
         return Move(directions, gradients, amounts, shrink, finite if masked else None, after)
 
-    def curved(self, state: State) -> Scalar:
+    def measured_curvature(self, state: State) -> Scalar:
         """κ, the curvature that steps found in units of the declared one; 1 where it is not measured."""
         if self.curvature != "measured":
             return torch.ones_like(state.t)
@@ -332,6 +331,10 @@ class Method(Derivation):
         check_finite(dict(zip(self.atoms, (state.descents * state.sizes).tolist(), strict=True)))
 
     # -- parts of an update ----------------------------------------------------------------------------------------------
+
+    def kept_dtype(self, dtype: torch.dtype, period: int = 1) -> torch.dtype:
+        """In which a lead or a direction is kept that is computed in ``dtype``: short, unless steps are made along it again."""
+        return dtype if period > 1 or self.precision == "full" else short_dtype(dtype)
 
     def _serving(self, device: torch.device) -> dict[str, int]:
         """Steps that one direction of each parameter serves here: which are due is for the host to decide, which would cut a graph."""
@@ -366,7 +369,7 @@ class Method(Derivation):
             started = exchange.nonzero(known)
             sources |= {name: begun(x, gradients[name], started[name]) for name, x in known.items()}
         fresh = exchange.directions(self.norms, sources, half=self._half(sources, device))
-        kept = {name: _filed(fresh[name].dense(), periods[name]) for name in fresh if name in held}
+        kept = {n: u.dense().to(self.kept_dtype(u.base.dtype, periods[n])) for n, u in fresh.items() if n in held}
         kept |= {name: state.directions[name] for name in old}
         # what is kept for a parameter without a gradient this time stays
         kept = {name: value for name, value in state.directions.items() if name not in kept} | kept
@@ -424,17 +427,12 @@ class Method(Derivation):
             )
 
 
-def _kept(new: dict[str, Tensor], old: dict[str, Tensor], finite: Bool[Tensor, ""] | None) -> dict[str, Tensor]:
-    """The directions to keep: a step that is left out leaves them as they were."""
+def unless(finite: Bool[Tensor, ""] | None, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The new tensors where ``finite``, or where that has been looked at (None); otherwise the old ones, or 0 without."""
     if finite is None:
-        return new
+        return dict(new)
     before = {n: old[n].to(x.dtype) if n in old else torch.zeros_like(x) for n, x in new.items() if x is not old.get(n)}
     return {n: torch.where(finite, x, before[n]) if n in before else x for n, x in new.items()}
-
-
-def _filed(direction: Tensor, period: int) -> Tensor:
-    """A direction in the precision in which it is kept, whether to step along it again or to measure alone."""
-    return direction if period > 1 else direction.to(short_dtype(direction.dtype))
 
 
 def _ends(gradient: Tensor | None, like: Tensor) -> Scalar:

@@ -21,7 +21,7 @@ from modula_agd.inspection import check_gradients
 from modula_agd.lending import Lending
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence
-from modula_agd.method import Method, Move
+from modula_agd.method import Method, Move, unless
 from modula_agd.placement import data_parallel, exchange_of, local, local_gradient, reshard, skips_reduction
 from modula_agd.space import finite
 from modula_agd.state import WEIGHT_SIZED, State
@@ -260,7 +260,7 @@ class AGD(Lending):
         if seen is not before and move.finite is not None:
             # a step left out leaves out what was absorbed for it, and leaves the directions of before
             past["directions"] = move.state.directions
-            past = {what: _unless(move.finite, getattr(before, what), new) for what, new in past.items()}
+            past = {what: unless(move.finite, getattr(before, what), new) for what, new in past.items()}
         applied = self._applied(move, multipliers)
         due = move.state.due * self._reached(move, multipliers, applied)
         self.current = move.state._replace(**past, due=due, rates=applied)
@@ -328,14 +328,6 @@ def _held(state: State) -> State:
     return state._replace(
         **{what: {name: local(x) for name, x in getattr(state, what).items()} for what in WEIGHT_SIZED}
     )
-
-
-def _unless(finite: Tensor, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The new tensors, where ``finite``; the old ones, or 0, otherwise."""
-    return {
-        name: torch.where(finite, x, old[name].to(x.dtype) if name in old else torch.zeros_like(x))
-        for name, x in new.items()
-    }
 
 
 def _gradient(parameter: Tensor | None) -> Tensor | None:

@@ -44,8 +44,8 @@ class State(NamedTuple):
         counted: the sum of what these two weigh.
         momentum: m of each parameter that has had a gradient; empty without momentum.
         lead: l of the same, which the next direction is made of; bfloat16 but for double precision, or where full was asked for.
-        directions: u of each parameter at the last step, kept where it serves further steps, or (bfloat16 but for double precision)
-            where curvature or balance is measured along it; else empty.
+        directions: u of each parameter at the last step, kept where it serves further steps, or (as short as the lead) where
+            curvature or balance is measured along it; else empty.
     """
 
     eta: Scalar

@@ -324,12 +324,25 @@ def test_a_model_may_change_its_dtype_between_steps(first, then) -> None:
     values = []
     for dtype in (first, then):
         model = NETWORK.to_torch(0, dtype=first)
+        # two samples leave polar factors to the rounding of singular values near 0, and a lead in bfloat16 to its own
+        optimizer = AGD(model, SquareLoss(), direction="frobenius", precision="full")
+        _stepped(model, optimizer)
+        model.to(dtype)
+        values.append(_stepped(model, optimizer))
+        assert {m.dtype for m in optimizer.current.momentum.values()} == {dtype}
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(("first", "then"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_the_default_takes_a_change_of_dtype_within_what_rounding_leaves(first, then) -> None:
+    values = []
+    for dtype in (first, then):
+        model = NETWORK.to_torch(0, dtype=first)
         optimizer = AGD(model, SquareLoss())
         _stepped(model, optimizer)
         model.to(dtype)
         values.append(_stepped(model, optimizer))
         assert {m.dtype for m in optimizer.current.momentum.values()} == {dtype}
-    # the lead has eight bits in one of them
     assert values[1] == pytest.approx(values[0], rel=1e-4)
 
 

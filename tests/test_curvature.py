@@ -83,7 +83,7 @@ def test_thirty_steps_equal_a_slow_reference() -> None:
         due = 1.5 * smoothed / factor
 
         updates, state = method.update(grads, state, params)
-        assert float(method.curved(state)) == pytest.approx(factor, rel=1e-9)
+        assert float(method.measured_curvature(state)) == pytest.approx(factor, rel=1e-9)
         assert float(state.t) == pytest.approx(t, rel=1e-9)
         for name, u in directions.items():
             torch.testing.assert_close(updates[name], -t * u, rtol=1e-8, atol=1e-12)
@@ -136,7 +136,7 @@ def test_weights_of_other_sizes_than_declared_are_found_out(scale: float) -> Non
     for _ in range(40):
         updates, state = method.update(gradients(method, params, inputs, targets), state, params)
         params = moved(params, updates)
-    assert float(method.curved(state)) > 1 if scale > 1 else float(method.curved(state)) < 1
+    assert float(method.measured_curvature(state)) > 1 if scale > 1 else float(method.measured_curvature(state)) < 1
 
 
 def plain(depth: int, steps: int, **options) -> list[float]:
@@ -238,7 +238,7 @@ def test_what_needs_no_measurement_keeps_no_direction() -> None:
         method = agd(NET, SquareLoss(), **options)
         _, state = method.update(grads, method.init(params), params)
         assert state.directions == {}
-        assert float(method.curved(state)) == 1
+        assert float(method.measured_curvature(state)) == 1
     with pytest.raises(InvalidArgument, match="without momentum"):
         agd(NET, SquareLoss(), momentum=None, curvature="measured")
     with pytest.raises(InvalidArgument, match="curvature"):

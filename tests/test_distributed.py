@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
+import full_precision
 import killed_rank
 import rank_checks
 from modula_agd import InvalidArgument, Linear, RowNorm, Sign, Spectral
@@ -120,19 +121,20 @@ def alike(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     for mine, theirs in zip(found, expected, strict=True):
         for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "eta"):
             assert (mine[key] is None) == (theirs[key] is None), key
-            # leads have eight bits: gradients summed in another order round to others here and there
-            assert mine[key] is None or mine[key] == pytest.approx(theirs[key], rel=2e-3), (mine["step"], key)
+            assert mine[key] is None or mine[key] == pytest.approx(theirs[key], rel=1e-4), (mine["step"], key)
 
 
 @pytest.mark.slow
 def test_torchrun_follows_one_process_and_goes_on_after_a_rank_was_killed(tmp_path: Path) -> None:
-    single, two, killed = (tmp_path / name for name in ("single", "two", "killed"))
-    subprocess.run([sys.executable, "-m", "modula_agd", *DIGITS, "--out", str(single)], check=True, timeout=240)
+    single, precise, two, killed = (tmp_path / name for name in ("single", "precise", "two", "killed"))
+    # a lead in bfloat16 rounds otherwise where gradients are summed in another order
+    subprocess.run([sys.executable, full_precision.__file__, *DIGITS, "--out", str(single)], check=True, timeout=240)
+    assert torchrun(2, full_precision.__file__, *DIGITS, "--out", str(precise)).returncode == 0
+    alike(log(precise), log(single))
     done = torchrun(2, "-m", "modula_agd", *DIGITS, "--out", str(two))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run folder:") == 1
     assert "2 ranks, each on cpu" in done.stdout
-    alike(log(two), log(single))
     again = torchrun(
         2, "--max-restarts=1", killed_rank.__file__, *DIGITS, "--checkpoint-every", "4", "--out", str(killed)
     )
