@@ -10,6 +10,7 @@ from modula_agd.method import Method
 from modula_agd.network import Network
 from modula_agd.run import Constants
 from modula_agd.space import finite
+from modula_agd.step_average import POWER
 
 MOMENTUM = 0.95
 """β where nothing else is asked for; 0.8, 0.9 and 0.98 were behind where they were tried (docs/benchmarks.md)."""
@@ -33,6 +34,7 @@ def agd(
     precision: Literal["auto", "full", "half"] = "auto",
     curvature: Literal["auto", "measured", "declared"] = "auto",
     balance: Literal["auto", "measured", "declared"] = "auto",
+    step_average: float | Literal["auto"] | None = "auto",
 ) -> Method:
     """A method without a learning rate, derived from what the network and the loss declare.
 
@@ -66,6 +68,8 @@ def agd(
         balance: of the weights' steps: "measured", by how much of its slope each was seen to use up (``balance.py``), or "declared", equal
             relative steps times masses. "auto" is measured where curvature is, but for a captured model, and for tracked sizes and a
             closed form, whose growth portions would change.
+        step_average: ρ ≥ 0: a step is the mean of those that the majorants of about the last 1/(ρ + 1) of the run asked for
+            (``step_average.py``); None takes the newest majorant's alone. "auto" is 1 where there is momentum, and None elsewhere.
 
     Raises:
         InvalidArgument: an option is unknown, or contradicts the search.
@@ -157,6 +161,17 @@ def agd(
             "a certified search was combined with relaxation, but certifies the minimiser of its majorant alone. "
             "Leave relaxation out."
         )
+    if step_average == "auto":
+        step_average = None if momentum is None else POWER
+    elif step_average is not None and not (finite(step_average) and step_average >= 0):
+        raise InvalidArgument(
+            f"agd was given step_average={step_average!r}, which must be a finite number ≥ 0, or None"
+        )
+    elif step_average is not None and momentum is None:
+        raise InvalidArgument(
+            "agd was given step_average without momentum, where a step answers the very gradient that it descends. Leave "
+            "step_average out."
+        )
     mean = momentum if smoothing == "auto" else smoothing
     period = None if refresh == "auto" else refresh
     method = Method(
@@ -176,6 +191,7 @@ def agd(
         precision,
         curvature,
         balance,
+        step_average,
     )
     method._conversion()
     search.check(network.bound(0.0, magnitude=magnitude, constants=constants))

@@ -2,17 +2,16 @@
 
 The next batch's gradient, which a step's direction has not seen either, measures the slope that the step has left:
 
-    s_t = Σ_k p_k·m_k·ω_k·⟨g_t, u_t⟩     s′_t = Σ_k p_k·m_k·ω_k·⟨g_{t+1}, u_t⟩     κ = mean of s_t − s′_t / mean of e_t
+    s_n = Σ_k p_k·m_k·ω_k·⟨g_n, u_n⟩     s′_n = Σ_k p_k·m_k·ω_k·⟨g_{n+1}, u_n⟩     κ = mean of s_n − s′_n / mean of e_n
 
-(p_k are the portions of the step at t, ``balance.py``.)
+(p_k are the portions of step n, ``balance.py``.)
 
-At its minimiser the majorant's own slope is 0: it expects the step to use up Ŝ_t, and with a bound κ times as curved, in units of
-the declared one, e_t = Ŝ_t/κ_t. (A step that a relaxation or a multiplier makes longer is expected to use up more.) So κ is a secant
-estimate of the true curvature in units of the declared one: 1 where the bound tells it exactly, below 1 where it is loose, above 1
-where weights have outgrown their declared sizes. Fresh batches make both slopes unbiased, and in the mean of differences their noise
+The declared bound, of curvature h·(a·D)² along the step, expects a step of t_n to use up e_n = t_n·h·(a·D)². So κ is a secant estimate of
+the true curvature in units of the declared one: 1 where the bound tells it exactly, below 1 where it is loose, above 1 where weights have
+outgrown their declared sizes. Fresh batches make both slopes unbiased, and in the mean of differences their noise
 nearly cancels, as the gradient that ends one difference begins the next.
 
-The steps t are those of a majorant whose B is multiplied by κ (``Majorant.curved``).
+The steps are those of majorants whose B is multiplied by κ (``Majorant.curved``).
 """
 
 from typing import Any

@@ -67,6 +67,7 @@ class Derivation:
     precision: Literal["auto", "full", "half"] = "auto"
     curvature: Literal["measured", "declared"] = "declared"
     balance: Literal["measured", "declared"] = "declared"
+    step_average: float | None = None
     _plans: dict[torch.device, Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -141,6 +142,8 @@ class Derivation:
             bound = bound.assuming(
                 "measured balance: the growth is that of equal steps to first order, and taken to be so beyond"
             )
+        if self.step_average is not None:
+            bound = bound.assuming("averaged steps: the loss bears the mean of the steps that past majorants asked for")
         if self.relaxation != 1:
             times = "up to 2" if self.relaxation is None else f"{self.relaxation:g}"
             bound = bound.assuming(f"relaxation: the loss bears steps of {times} times the majorant's minimiser")

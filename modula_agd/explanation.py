@@ -69,7 +69,7 @@ class Explanation:
         depth: D.
         magnitude: a.
         curvature: κ, measured along the last steps in units of the declared curvature; 1 where it is not measured.
-        promised: what the majorant says the last step lowers the loss by, at least.
+        promised: what the last majorant says that its own minimiser lowers the loss by, at least.
         predicted: the mean of that over the last hundred steps or so; None where no loss was told.
         realised: the mean of what the loss fell by.
         error: standard error of ``realised``.

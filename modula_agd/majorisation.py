@@ -129,6 +129,15 @@ class Search(ABC):
     def minimum(self, majorant: Majorant) -> Minimum:
         """The minimiser, without waiting for the device."""
 
+    def reckoned(self, bound: Bound) -> tuple[Number, Number]:
+        """The output magnitude a and the depth that the search reckons with."""
+        return bound.magnitude, bound.depth
+
+    def stiffness(self, majorant: Majorant) -> Number:
+        """h·(a·D)², the curvature of the loss bound along the step at t = 0: what a short step uses up of the slope, per unit t."""
+        magnitude, depth = self.reckoned(majorant.bound)
+        return majorant.curvature * (magnitude * depth) ** 2
+
     def check(self, start: Bound) -> None:
         """Raise ``UnknownBound`` where a network with this bound does not allow the search."""
         if self.needs_evidence and start.error is None:
@@ -159,9 +168,11 @@ class ClosedForm(Search):
     def points(self, start: Bound, device: torch.device) -> Float[Tensor, " points"]:
         return torch.zeros(1, device=device, dtype=precise(device))
 
+    def reckoned(self, bound: Bound) -> tuple[Number, Number]:
+        return self.magnitude or bound.magnitude, self.depth or bound.ceiling
+
     def minimum(self, majorant: Majorant) -> Minimum:
-        depth = self.depth or majorant.bound.ceiling
-        magnitude = self.magnitude or majorant.bound.magnitude
+        magnitude, depth = self.reckoned(majorant.bound)
         gradient = majorant.descent / depth
         eta = closed_form(gradient, magnitude, majorant.curvature)
         change = -gradient * eta + majorant.curvature / 2 * (magnitude * torch.expm1(eta)) ** 2

@@ -7,7 +7,8 @@ It knows no layer and no loss by name. One update:
 3. each weight moves by −t·p_k·m_k·ω_k·u_k.
 
 On minibatches the direction and its descent are told apart (``held_out.py``), the bound is as curved as past steps found the
-loss (``curvature.py``), and the portions p_k, otherwise 1, are what they found of each weight (``balance.py``).
+loss (``curvature.py``), t is the mean of what majorants asked for (``step_average.py``), and the portions p_k, otherwise 1, are what
+past steps found of each weight (``balance.py``).
 
 All scalars stay on the device, so that a step waits for nothing.
 """
@@ -35,6 +36,7 @@ from modula_agd.norm import Direction, wide
 from modula_agd.polar import working_dtype
 from modula_agd.space import finite as finite_number
 from modula_agd.state import WEIGHT_SIZED, Scalar, State
+from modula_agd.step_average import averaged
 
 
 class Move(NamedTuple):
@@ -291,8 +293,11 @@ class Method(Derivation):
         else:
             # made of a gradient itself, a direction may be NaN
             kept |= {name: torch.where(finite, kept[name], 0.0) for name in kept.keys() - state.lead.keys()}
+        means = {}
+        if self.step_average is not None:
+            t, means = averaged(t, state, self.step_average, finite & (descent != 0))
         after = state._replace(
-            eta=relaxed * best.eta,
+            eta=t * self.search.reckoned(majorant.bound)[1],
             t=t,
             descent=descent,
             change=best.change,
@@ -307,9 +312,10 @@ class Method(Derivation):
             weight=weight,
             clock=state.clock + 1,
             directions=unless(finite if masked else None, state.directions, kept),
-            due=torch.where(finite, relaxed * majorant.descent / (1.0 if factor is None else factor), 0.0),
+            due=torch.where(finite, t * self.search.stiffness(majorant), 0.0),
             portions=parts,
             rates=torch.ones_like(parts),
+            **means,
             **forecast(state, told),
         )
         amounts = dict(zip(self.atoms, (-t * reach).unbind(), strict=True))

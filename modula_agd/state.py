@@ -17,7 +17,7 @@ class State(NamedTuple):
         eta: η, relative step of the whole network, dimensionless.
         t: relative step of an atom of mass 1 and portion 1, dimensionless.
         descent: S, first-order decrease of the loss per unit t.
-        change: what the majorant predicted the loss to change by, ≤ 0.
+        change: what the majorant predicted the loss to change by at its own minimiser, ≤ 0.
         magnitude: a, bound of the output.
         depth: D.
         descents: ⟨g_k, u_k⟩ of each parameter, in the network's order; 0 without a gradient.
@@ -33,10 +33,12 @@ class State(NamedTuple):
         realised: mean of what the loss then fell by, from one batch to the next, times ``told``.
         wander: mean square of that, times ``told``.
         told: the sum of what these three weigh.
-        due: slope that the last step is expected to use up, in units of the declared curvature; 0 where it was left out. The
-            optimizer's multiplier is counted in.
+        due: slope that the declared curvature expects the last step to use up; 0 where it was left out. The optimizer's multiplier is
+            counted in.
         fallen: mean of the slope that steps did use up; 0 where curvature is not measured, as is the next.
         expected: mean of ``due``.
+        asked: mean of the steps that majorants asked for; 0 where steps are not averaged, as is the next.
+        recent: mean of the last fifty or so.
         portions: p_k of each parameter: its step relative to one of equal steps.
         rates: what the optimizer multiplied the last step of each parameter with, ≥ 0; 1 in the pure form.
         gained: mean of m_k·ω_k·⟨g_k, u_k⟩ of each parameter, times ``counted``; 0 where the balance is not measured, as are the next two.
@@ -70,6 +72,8 @@ class State(NamedTuple):
     due: Scalar
     fallen: Scalar
     expected: Scalar
+    asked: Scalar
+    recent: Scalar
     portions: Float[Tensor, " parameters"]
     rates: Float[Tensor, " parameters"]
     gained: Float[Tensor, " parameters"]
@@ -94,6 +98,8 @@ _NEVER_NEGATIVE = (
     "told",
     "due",
     "expected",
+    "asked",
+    "recent",
     "portions",
     "rates",
     "counted",

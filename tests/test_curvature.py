@@ -47,6 +47,7 @@ def test_thirty_steps_equal_a_slow_reference() -> None:
     params = NET.init(0, dtype=torch.float64)
     state, momentum, last, directions = method.init(params), {}, {}, {}
     slopes: list[float] = []
+    asked: list[float] = []
     counts: list[tuple[float, float]] = []
     factor, due, clipped = 1.0, 0.0, 0
     for step in range(30):
@@ -79,8 +80,10 @@ def test_thirty_steps_equal_a_slow_reference() -> None:
             clipped += factor != fallen / expected
         plan = method._plan(torch.device("cpu"))
         majorant = method._majorant(torch.tensor(smoothed, dtype=torch.float64), plan.sizes, torch.device("cpu"), None)
-        t = 1.5 * float(ExactGrowth().minimum(majorant.curved(torch.tensor(factor, dtype=torch.float64))).t)
-        due = 1.5 * smoothed / factor
+        asked.append(1.5 * float(ExactGrowth().minimum(majorant.curved(torch.tensor(factor, dtype=torch.float64))).t))
+        # the n-th counts n-fold
+        t = sum((n + 1) * x for n, x in enumerate(asked)) / sum(range(1, len(asked) + 1))
+        due = t * (plan.bound.magnitude * plan.bound.depth) ** 2
 
         updates, state = method.update(grads, state, params)
         assert float(method.measured_curvature(state)) == pytest.approx(factor, rel=1e-9)

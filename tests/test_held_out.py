@@ -52,6 +52,7 @@ def test_thirty_steps_equal_a_slow_reference() -> None:
     mine, state = dict(params), method.init(params)
     past: list[dict[str, Tensor]] = []
     measured: list[float] = []
+    asked: list[float] = []
     cuts = 0
     for step in range(30):
         grads = gradients(method, params, *batch(step))
@@ -76,7 +77,10 @@ def test_thirty_steps_equal_a_slow_reference() -> None:
         majorant = method._majorant(
             torch.tensor(max(smoothed, 0.0), dtype=torch.float64), plan.sizes, torch.device("cpu"), None
         )
-        t = ExactGrowth().minimum(majorant).t
+        wanted = float(ExactGrowth().minimum(majorant).t)
+        # the n-th step counts n-fold
+        asked.append(wanted)
+        t = sum((n + 1) * x for n, x in enumerate(asked)) / sum(range(1, len(asked) + 1))
         past.append(grads)
         params = {name: weight - t * directions[name] for name, weight in params.items()}
 
@@ -131,8 +135,8 @@ def test_steps_shrink_where_gradients_are_noise_alone() -> None:
 
 def test_a_step_goes_to_the_minimiser_where_descents_agree_and_twice_as_far_where_they_are_noise() -> None:
     """(2 − q) minimisers, q = Ŝ²/mean of s², against the lists of all descents."""
-    method = agd(NET, SquareLoss(), momentum=BETA)
-    exact = agd(NET, SquareLoss(), momentum=BETA, relaxation=1.0)
+    method = agd(NET, SquareLoss(), momentum=BETA, step_average=None)
+    exact = agd(NET, SquareLoss(), momentum=BETA, relaxation=1.0, step_average=None)
     params = NET.init(0, dtype=torch.float64)
     state, seen, shares = method.init(params), [], []
     for step in range(40):
@@ -305,7 +309,9 @@ def test_a_zero_gradient_means_a_zero_step_whatever_the_past() -> None:
     nothing = {name: torch.zeros_like(value) for name, value in grads.items()}
     updates, after = method.update(nothing, state, params)
     assert not any(update.any() for update in updates.values())
-    assert after.t == 0
+    # nor does it say anything of the steps that follow
+    assert after.asked == state.asked > 0
+    assert agd(NET, SquareLoss(), step_average=None).update(nothing, state, params)[1].t == 0
     one = {**grads, "0.weight": torch.zeros_like(grads["0.weight"])}
     updates, after = method.update(one, state, params)
     assert not updates["0.weight"].any()

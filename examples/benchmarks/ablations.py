@@ -25,6 +25,8 @@ OPTIONS = {
     "declared, relaxation 2": {"curvature": "declared", "relaxation": 2.0},
     "relaxation 1": {"relaxation": 1.0},
     "relaxation 2": {"relaxation": 2.0},
+    "newest step": {"step_average": None},
+    "steps of the last fifth": {"step_average": 4.0},
     "refresh 1": {"refresh": 1},
     "refresh 8": {"refresh": 8},
     "decay 0.1": {"decay": 0.1},

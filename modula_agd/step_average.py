@@ -1,0 +1,49 @@
+"""Averaged steps: a step is the mean of those that the majorants of a growing part of the run asked for.
+
+On minibatches the minimiser t̂_n of one step's majorant is mostly noise: the mean of twenty measured descents stands out of it
+by little, and is now several times the true one, now none at all. Such steps cost more than even ones of the same length, as what a step
+loses by curvature is quadratic in it. Nor is a minimiser far-sighted: it answers each sharp valley by shorter steps, and of
+shorter steps the valley gets sharper still (Roulet et al. 2024, arXiv:2407.06183). So, with the weights of a polynomial average,
+
+    t̄_n = t̄_{n−1} + c_n·(t̂_n − t̄_{n−1}),        c_n = (ρ + 1)/(n + ρ)
+
+about the last 1/(ρ + 1) of the run's steps decide, however many there have been, as of the averaged weights (``averaging.py``), which alone
+are evaluated: what moves about faster than they do is taken out by them.
+
+Half a run is late where training samples are soon fitted, or weights run away: a step is at most ``MOST`` times the mean of about the last
+fifty, r_n, which is made like t̄ with shares of at least 1 − ``MEMORY``:
+
+    t_n = min(t̄_n, MOST·r_n)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modula_agd.state import Scalar, State
+
+POWER = 1.0
+"""ρ: about the last half of a run counts. Chosen by training losses (docs/benchmarks.md), as were the next two."""
+MEMORY = 0.98
+"""Weight of the past in the mean of recent steps."""
+MOST = 2.0
+"""Means of recent steps that a step is at most."""
+
+
+def averaged(wanted: Scalar, state: State, power: float, counts: Tensor) -> tuple[Scalar, dict[str, Any]]:
+    """t_n, and the state's ``asked`` and ``recent`` with the newest step counted in.
+
+    Args:
+        wanted: t̂_n ≥ 0.
+        state: before the update.
+        power: ρ ≥ 0.
+        counts: where False, of a step left out and of a zero gradient, which say nothing of steps, both means stay.
+    """
+    count = (state.steps - state.skipped + 1).to(wanted.dtype)
+    share = (power + 1) / (count + power)
+    means = {}
+    for name, least in (("asked", share), ("recent", share.clamp(min=1 - MEMORY))):
+        before = getattr(state, name)
+        means[name] = torch.where(counts, before + least * (wanted - before), before)
+    return torch.minimum(means["asked"], MOST * means["recent"]), means

@@ -1,0 +1,193 @@
+"""Averaged steps: the mean of what majorants asked for, and at most twice the mean of the recent ones."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from modula_agd import (
+    AGD,
+    CrossEntropy,
+    InvalidArgument,
+    Linear,
+    Logits,
+    Method,
+    ReLU,
+    SquareLoss,
+    agd,
+    published,
+)
+from modula_agd.step_average import MEMORY, MOST, averaged
+from support import gaussian
+
+NET = Linear(3, 6) @ ReLU() @ Linear(6, 4)
+BETA = 0.9
+TRUE = torch.tensor(True)
+
+
+def batch(seed: int, samples: int = 8) -> tuple[Tensor, Tensor]:
+    return gaussian(samples, 4, seed=seed), gaussian(samples, 3, seed=seed + 1000)
+
+
+def gradients(method: Method, params: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    return torch.func.grad(method.objective)(params, *batch(seed))
+
+
+def reference(steps: list[float], power: float, least: float = 0.0) -> float:
+    """The mean by its recursion, from the number of steps alone."""
+    mean = 0.0
+    for n, step in enumerate(steps, start=1):
+        mean += max((power + 1) / (n + power), least) * (step - mean)
+    return mean
+
+
+def run(steps: list[float], power: float) -> tuple[list[float], list[float], list[float]]:
+    """t, and the two means, after each step."""
+    state = agd(NET, SquareLoss()).init(NET.init(0, dtype=torch.float64))
+    told: list[tuple[float, float, float]] = []
+    for step in steps:
+        t, means = averaged(torch.tensor(step, dtype=torch.float64), state, power, TRUE)
+        state = state._replace(**means, steps=state.steps + 1)
+        told.append((float(t), float(state.asked), float(state.recent)))
+    first, second, third = zip(*told, strict=True)
+    return list(first), list(second), list(third)
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=40), st.integers(0, 8))
+def test_the_mean_is_the_polynomial_average_of_all_steps(steps: list[float], power: int) -> None:
+    _, asked, _ = run(steps, power)
+    # of integer ρ, the weights of the recursion are the products i·(i + 1)…(i + ρ − 1)
+    weights = [math.prod(range(i, i + power)) for i in range(1, len(steps) + 1)]
+    whole = sum(w * x for w, x in zip(weights, steps, strict=True)) / sum(weights)
+    assert asked[-1] == pytest.approx(whole, rel=1e-9, abs=1e-12)
+    assert min(steps) * (1 - 1e-12) <= asked[-1] <= max(steps) * (1 + 1e-12)
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=200), st.floats(0, 8))
+def test_a_step_is_at_most_twice_the_mean_of_recent_ones(steps: list[float], power: float) -> None:
+    found, asked, recent = run(steps, power)
+    for t, mean, last in zip(found, asked, recent, strict=True):
+        assert t == min(mean, MOST * last)
+    assert recent[-1] == pytest.approx(reference(steps, power, 1 - MEMORY), rel=1e-9, abs=1e-12)
+
+
+def test_where_steps_that_majorants_ask_for_collapse_the_step_follows_within_a_hundred() -> None:
+    """Of a thousand steps of 1 and then 0, the mean alone would be at 0.83 a hundred steps later, and at 1/4 a thousand later."""
+    found, asked, _ = run([1.0] * 1000 + [0.0] * 1000, 1.0)
+    assert asked[1099] == pytest.approx((1000 / 1100) ** 2, abs=1e-3)
+    assert asked[-1] == pytest.approx(0.25, abs=1e-3)
+    assert found[1099] == pytest.approx(MOST * MEMORY**100, rel=1e-3)
+    assert found[1099] < 0.3
+    # and grows back no faster than its mean
+    up, means, _ = run([1.0] * 1000 + [3.0] * 50, 1.0)
+    assert up[-1] == means[-1] < 1.3
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 3.0])
+def test_every_step_is_the_mean_of_what_the_majorants_asked_for(power: float) -> None:
+    """Against the same updates without averaging, from the same states."""
+    method = agd(NET, SquareLoss(), momentum=BETA, step_average=power)
+    newest = agd(NET, SquareLoss(), momentum=BETA, step_average=None)
+    params, asked = NET.init(0, dtype=torch.float64), []
+    state = method.init(params)
+    for step in range(25):
+        grads = gradients(method, params, step)
+        single, alone = newest.update(grads, state, params)
+        updates, state = method.update(grads, state, params)
+        asked.append(float(alone.t))
+        mean = min(reference(asked, power), MOST * reference(asked, power, 1 - MEMORY))
+        assert float(state.t) == pytest.approx(mean, rel=1e-9)
+        assert float(state.eta) == pytest.approx(mean * float(state.depth), rel=1e-9)
+        for name, update in updates.items():
+            if alone.t > 0:
+                torch.testing.assert_close(update, single[name] * (mean / asked[-1]), rtol=1e-8, atol=1e-12)
+        params = {name: weight + updates[name] for name, weight in params.items()}
+    assert len(set(asked)) == 25
+
+
+def pure(method: Method, noise: float, steps: int, drift: float) -> list[float]:
+    """t of each step on weights that stay, of gradients of noise about ``drift``·W."""
+    params = NET.init(0, dtype=torch.float64)
+    state, lengths = method.init(params), []
+    for step in range(steps):
+        grads = {
+            n: drift * p + noise * gaussian(*p.shape, seed=1000 * step + i) for i, (n, p) in enumerate(params.items())
+        }
+        _, state = method.update(grads, state, params)
+        lengths.append(float(state.t))
+    return lengths
+
+
+def test_where_descents_are_mostly_noise_averaged_steps_are_evener_and_as_long() -> None:
+    settings = {"curvature": "declared", "relaxation": 1.0}
+    even = pure(agd(NET, SquareLoss(), **settings), 1.0, 400, drift=0.3)[200:]
+    newest = pure(agd(NET, SquareLoss(), step_average=None, **settings), 1.0, 400, drift=0.3)[200:]
+
+    def spread(steps: list[float]) -> float:
+        mean = math.fsum(steps) / len(steps)
+        return math.sqrt(math.fsum((t - mean) ** 2 for t in steps) / len(steps)) / mean
+
+    assert spread(even) < 0.1 < 0.3 < spread(newest)
+    assert sum(even) == pytest.approx(sum(newest), rel=0.1)
+
+
+def test_left_out_steps_leave_the_means_as_they_were() -> None:
+    method = agd(NET, SquareLoss(), nonfinite="skip", curvature="declared")
+    params = NET.init(0, dtype=torch.float64)
+    bad = {name: torch.full_like(value, math.nan) for name, value in params.items()}
+    _, first = method.update(bad, method.init(params), params)
+    assert first.asked == first.recent == 0
+    _, state = method.update(gradients(method, params, 0), first, params)
+    _, alone = method.update(gradients(method, params, 0), method.init(params), params)
+    assert state.t == alone.t > 0
+    _, skipped = method.update(bad, state, params)
+    assert (skipped.asked, skipped.recent, int(skipped.skipped)) == (state.asked, state.recent, 2)
+    _, after = method.update(gradients(method, params, 1), skipped, params)
+    _, expected = method.update(gradients(method, params, 1), alone, params)
+    assert float(after.t) == pytest.approx(float(expected.t), rel=1e-12)
+
+
+def test_with_momentum_alone_steps_are_averaged() -> None:
+    assert agd(NET, SquareLoss()).step_average == 1.0
+    assert agd(NET, SquareLoss(), momentum=None).step_average is None
+    assert published(NET, SquareLoss()).step_average is None
+    assert any("averaged steps" in what for what in agd(NET, SquareLoss()).certificate().assumptions)
+    assert not any("averaged steps" in x for x in agd(NET, SquareLoss(), step_average=None).certificate().assumptions)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, True, "long"])
+def test_what_is_no_power_is_refused(value: object) -> None:
+    with pytest.raises(InvalidArgument, match="step_average"):
+        agd(NET, SquareLoss(), step_average=value)  # type: ignore[arg-type]
+
+
+def test_steps_are_not_averaged_without_momentum() -> None:
+    with pytest.raises(InvalidArgument, match="without momentum"):
+        agd(NET, SquareLoss(), momentum=None, step_average=1.0)
+
+
+def test_a_multiplier_of_the_optimizer_leaves_the_mean_alone() -> None:
+    network = Linear(Logits(3), 6) @ ReLU() @ Linear(6, 4)
+    one, twice = network.to_torch(0), network.to_torch(0)
+    loss = CrossEntropy()
+    plain, longer = AGD(one, loss), AGD(twice, loss, [{"params": list(twice.parameters()), "lr": 2.0}])
+    inputs, labels = gaussian(16, 4).float(), torch.arange(16) % 3
+    for optimizer, model in ((plain, one), (longer, twice)):
+        loss(model(inputs), labels).backward()
+        optimizer.step()
+    assert plain.current.t == longer.current.t == longer.current.asked
+    assert float(longer.current.due) == pytest.approx(2 * float(plain.current.due))
+
+
+def test_what_a_step_is_expected_to_use_up_is_the_bounds_curvature_along_it() -> None:
+    """h·(a·D)²·t against the second difference of the majorant's own bound at 0."""
+    method = agd(NET, SquareLoss())
+    params = NET.init(0, dtype=torch.float64)
+    _, state = method.update(gradients(method, params, 0), method.init(params), params)
+    small = 1e-4
+    bound = NET.bound(small, magnitude=1.0, constants="typical")
+    second = 2 * float(SquareLoss().bound(bound.magnitude * (bound.growth - 1))) / small**2
+    assert float(state.due) == pytest.approx(float(state.t) * second, rel=1e-3)
