@@ -136,7 +136,9 @@ class Search(ABC):
     def stiffness(self, majorant: Majorant) -> Number:
         """h·(a·D)², the curvature of the loss bound along the step at t = 0: what a short step uses up of the slope, per unit t."""
         magnitude, depth = self.reckoned(majorant.bound)
-        return majorant.curvature * (magnitude * depth) ** 2
+        slope = magnitude * depth
+        # a power of numbers raises where it overflows, a product is infinite
+        return majorant.curvature * (slope * slope)
 
     def check(self, start: Bound) -> None:
         """Raise ``UnknownBound`` where a network with this bound does not allow the search."""

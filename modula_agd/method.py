@@ -296,6 +296,7 @@ class Method(Derivation):
         means = {}
         if self.step_average is not None:
             t, means = averaged(t, state, self.step_average, finite & (descent != 0))
+        expected = t * self.search.stiffness(majorant)
         after = state._replace(
             eta=t * self.search.reckoned(majorant.bound)[1],
             t=t,
@@ -312,7 +313,7 @@ class Method(Derivation):
             weight=weight,
             clock=state.clock + 1,
             directions=unless(finite if masked else None, state.directions, kept),
-            due=torch.where(finite, t * self.search.stiffness(majorant), 0.0),
+            due=torch.where(finite & expected.isfinite(), expected, 0.0),
             portions=parts,
             rates=torch.ones_like(parts),
             **means,

@@ -31,7 +31,7 @@ ROWS = (
     ("layer", "loss"),
     ("wiring",),
     ("atom", "attention", "bond", "convolution", "dropout", "normalisation", "pooling", "position"),
-    ("averaging", "balance", "compound", "curvature", "directions", "forecast", "majorisation", "shards"),
+    ("averaging", "balance", "compound", "curvature", "directions", "forecast", "majorisation", "shards", "step_average"),
     ("convnet", "exchange", "inspection", "transformer"),
     ("derivation", "distributed"),
     ("method",),
