@@ -57,7 +57,7 @@ def agd(
             on a CPU; a number above 1 cuts the graph of compiled code.
         decay: λ ≥ 0, relative weight decay: a weight of norm ω loses λ·p·m·t of itself while it moves by p·m·t·ω, so that its norm
             tends to at most size/λ. Counted in the growth, which the step is then shorter by.
-        relaxation: multiple > 0 of the majorant's minimiser that a step goes. "auto" is, where curvature is measured,
+        relaxation: multiple > 0 of its minimiser that a majorant asks for. "auto" is, where curvature is measured,
             between 1 and 2, the longer the less steady the measured descents are (``held_out.py``), but 1 for a captured model,
             whose bound is as tight as it is uncertain; 1 elsewhere. Above 1 it is assumed, not derived, that the loss bears it.
         precision: in which polar factors are iterated: "half" is bfloat16, whatever the weights; "full" float32, or float64 of
@@ -191,7 +191,7 @@ def agd(
         precision,
         curvature,
         balance,
-        step_average,
+        None if step_average is None else float(step_average),
     )
     method._conversion()
     search.check(network.bound(0.0, magnitude=magnitude, constants=constants))

@@ -6,10 +6,11 @@ The next batch's gradient, which a step's direction has not seen either, measure
 
 (p_k are the portions of step n, ``balance.py``.)
 
-The declared bound, of curvature h·(a·D)² along the step, expects a step of t_n to use up e_n = t_n·h·(a·D)². So κ is a secant estimate of
-the true curvature in units of the declared one: 1 where the bound tells it exactly, below 1 where it is loose, above 1 where weights have
-outgrown their declared sizes. Fresh batches make both slopes unbiased, and in the mean of differences their noise
-nearly cancels, as the gradient that ends one difference begins the next.
+The declared bound, of curvature h·(a·D)² along a short step, expects one of t_n to use up e_n = t_n·h·(a·D)². So κ is a secant estimate
+of the true curvature in units of the declared one: 1 where the bound tells it exactly, below 1 where it is loose, above 1 where weights
+have outgrown their declared sizes. Of a long step the bound itself, whose growth is more than linear, expects more than e_n (half as
+much again at η = 0.5), which counts as curvature here and keeps long steps shorter. Fresh batches make both slopes unbiased, and in the
+mean of differences their noise nearly cancels, as the gradient that ends one difference begins the next.
 
 The steps are those of majorants whose B is multiplied by κ (``Majorant.curved``).
 """

@@ -69,6 +69,8 @@ class Explanation:
         depth: D.
         magnitude: a.
         curvature: κ, measured along the last steps in units of the declared curvature; 1 where it is not measured.
+        asked: mean of the steps that majorants asked for, over the run's last half by default; None where steps are not averaged.
+        recent: mean of the last fifty, twice which a step is at most; None likewise.
         promised: what the last majorant says that its own minimiser lowers the loss by, at least.
         predicted: the mean of that over the last hundred steps or so; None where no loss was told.
         realised: the mean of what the loss fell by.
@@ -83,6 +85,8 @@ class Explanation:
     depth: float
     magnitude: float
     curvature: float
+    asked: float | None
+    recent: float | None
     promised: float
     predicted: float | None
     realised: float | None
@@ -128,6 +132,9 @@ class Explanation:
             ("curvature", f"{self.curvature:.3g} of the declared one, along the last steps"),
             ("promised decrease", f"{self.promised:.4g}"),
         ]
+        if self.asked is not None:
+            told = f"t is the mean of those that majorants asked for: {self.asked:.4g}, of the last fifty {self.recent:.4g}"
+            facts.insert(1, ("steps", told))
         if self.predicted is not None:
             facts.append(("predicted, mean", f"{self.predicted:.4g} per step"))
             facts.append(("realised, mean", f"{self.realised:.4g} ± {self.error:.2g} per step"))
@@ -195,6 +202,8 @@ def explain(
         float(state.depth),
         float(state.magnitude),
         float(method.measured_curvature(state)),
+        None if method.step_average is None else float(state.asked),
+        None if method.step_average is None else float(state.recent),
         -float(state.change),
         predicted,
         realised,

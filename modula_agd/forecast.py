@@ -2,7 +2,8 @@
 
 A step at which the majorant is minimal is predicted to lower the loss by at least −min M. What the loss then falls by, from one
 batch to the next, is seen one step later, with the noise of both batches; means over many steps tell. The mean of differences is
-nearly free of that noise, as each value enters it twice, with opposite signs.
+nearly free of that noise, as each value enters it twice, with opposite signs. Where steps are relaxed or averaged, the step made is not
+that minimiser: a longer one lowers the loss by less, and is called violated sooner.
 """
 
 from typing import Any

@@ -5,7 +5,7 @@ momentum β the direction is made of *past* gradients, and the *fresh* one, whic
 the same point:
 
     u_t = direction of l_{t−1}          s_t = Σ_k p_k·m_k·ω_k·⟨g_t, u_t⟩      Ŝ_t = mean of s_1 … s_t, with weights β_s^(t−i)
-    m_t = β·m_{t−1} + (1 − β)·g_t       l_t = (1 − ν)·m_t + ν·g_t             t = argmin of the majorant at max(Ŝ_t, 0)
+    m_t = β·m_{t−1} + (1 − β)·g_t       l_t = (1 − ν)·m_t + ν·g_t             t̂ = argmin of the majorant at max(Ŝ_t, 0)
 
 A direction that has not seen g_t answers one step late, and momentum with a delay hardly damps: along an eigenvector of curvature
 λ, a step that moves by a/λ for each unit of l is stable for a < 1 alone, whatever β, where momentum that has seen g_t bears
@@ -14,14 +14,15 @@ the newest past gradient counts for ν more (quasi-hyperbolic momentum, Ma & Yar
 a < 5.5, and what swings beyond does so within 8 steps. The lead is of the past as well. A direction that serves r steps is later
 still, and has ν = 2(1 − β)·sqrt(r). No ν is above 1/2, from which on more of one gradient does not help.
 
-The expectation of s_t over the fresh batch is the true descent along u_t. As signal drowns in noise Ŝ → 0, and the step with it.
+The expectation of s_t over the fresh batch is the true descent along u_t. As signal drowns in noise Ŝ → 0, and with it the step
+that the majorant asks for; the step made is a mean of those (``step_average.py``).
 One wild measurement must not set the steps of the next twenty: an s_t beyond ``OUTLIER`` root-mean-squares of those before it
 counts as that many. Where weights had outgrown their declared sizes, loss and step drove each other up without; so the mean of
 measurements rises by at most 6% a step at β_s = 0.95, and a tenfold rise takes forty.
 
 Of the same measurements follows how far beyond the minimiser a step may go. By a quadratic, twice the minimiser is the longest step
-that does not raise the loss; live weights are then no better for it, but their average is, about which they move. So a step goes
-(2 − q) minimisers, with
+that does not raise the loss; live weights are then no better for it, but their average is, about which they move. So a majorant
+asks for (2 − q) minimisers, with
 
     q = Ŝ²/mean of s²
 

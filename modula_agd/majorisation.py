@@ -116,7 +116,10 @@ def closed_form(gradient: Scalar, magnitude: Number, curvature: Number = 1.0, re
 
 
 class Search(ABC):
-    """Chooses t, given the majorant."""
+    """Chooses t, given the majorant.
+
+    One that reckons with another depth than the bound's, so that η is t times that, has a ``reckoned`` of its own.
+    """
 
     needs_evidence: ClassVar[bool] = False
     """Whether R, tracked sizes and proved constants are required."""

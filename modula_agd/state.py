@@ -33,12 +33,13 @@ class State(NamedTuple):
         realised: mean of what the loss then fell by, from one batch to the next, times ``told``.
         wander: mean square of that, times ``told``.
         told: the sum of what these three weigh.
-        due: slope that the declared curvature expects the last step to use up; 0 where it was left out. The optimizer's multiplier is
-            counted in.
+        due: slope that the declared curvature at t = 0 expects the last step to use up; 0 where it was left out. The optimizer's
+            multiplier is counted in.
         fallen: mean of the slope that steps did use up; 0 where curvature is not measured, as is the next.
         expected: mean of ``due``.
-        asked: mean of the steps that majorants asked for; 0 where steps are not averaged, as is the next.
+        asked: mean of the steps that majorants asked for; 0 where steps are not averaged, as are the next two.
         recent: mean of the last fifty or so.
+        majorants: number of steps that these two hold.
         portions: p_k of each parameter: its step relative to one of equal steps.
         rates: what the optimizer multiplied the last step of each parameter with, ≥ 0; 1 in the pure form.
         gained: mean of m_k·ω_k·⟨g_k, u_k⟩ of each parameter, times ``counted``; 0 where the balance is not measured, as are the next two.
@@ -74,6 +75,7 @@ class State(NamedTuple):
     expected: Scalar
     asked: Scalar
     recent: Scalar
+    majorants: Scalar
     portions: Float[Tensor, " parameters"]
     rates: Float[Tensor, " parameters"]
     gained: Float[Tensor, " parameters"]
@@ -100,6 +102,7 @@ _NEVER_NEGATIVE = (
     "expected",
     "asked",
     "recent",
+    "majorants",
     "portions",
     "rates",
     "counted",

@@ -10,8 +10,8 @@ shorter steps the valley gets sharper still (Roulet et al. 2024, arXiv:2407.0618
 about the last 1/(ρ + 1) of the run's steps decide, however many there have been, as of the averaged weights (``averaging.py``), which alone
 are evaluated: what moves about faster than they do is taken out by them.
 
-Half a run is late where training samples are soon fitted, or weights run away: a step is at most ``MOST`` times the mean of about the last
-fifty, r_n, which is made like t̄ with shares of at least 1 − ``MEMORY``:
+Half a run is late where descents vanish, as training samples are fitted, or weights run away: a step is at most ``MOST`` times the mean of
+about the last fifty, r_n, which is made like t̄ with shares of at least 1 − ``MEMORY`` (and so is t̄ itself for the first hundred steps):
 
     t_n = min(t̄_n, MOST·r_n)
 """
@@ -32,18 +32,18 @@ MOST = 2.0
 
 
 def averaged(wanted: Scalar, state: State, power: float, counts: Tensor) -> tuple[Scalar, dict[str, Any]]:
-    """t_n, and the state's ``asked`` and ``recent`` with the newest step counted in.
+    """t_n, 0 where the step does not count, and the state's ``asked``, ``recent`` and ``majorants`` with it counted in.
 
     Args:
         wanted: t̂_n ≥ 0.
         state: before the update.
         power: ρ ≥ 0.
-        counts: where False, of a step left out and of a zero gradient, which say nothing of steps, both means stay.
+        counts: where False, of a step left out and of a zero gradient, which say nothing of steps, all three stay.
     """
-    count = (state.steps - state.skipped + 1).to(wanted.dtype)
+    count = state.majorants + 1
     share = (power + 1) / (count + power)
-    means = {}
+    means: dict[str, Any] = {"majorants": torch.where(counts, count, state.majorants)}
     for name, least in (("asked", share), ("recent", share.clamp(min=1 - MEMORY))):
         before = getattr(state, name)
         means[name] = torch.where(counts, before + least * (wanted - before), before)
-    return torch.minimum(means["asked"], MOST * means["recent"]), means
+    return torch.where(counts, torch.minimum(means["asked"], MOST * means["recent"]), 0.0), means

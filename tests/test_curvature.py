@@ -186,13 +186,18 @@ def test_what_cannot_be_compared_counts_for_nothing() -> None:
     bad = {name: torch.full_like(value, math.nan) for name, value in grads.items()}
     zero = {name: torch.zeros_like(value) for name, value in grads.items()}
     for odd in ({**grads, "0.weight": None}, zero, bad):
+        nothing = odd is zero or odd is bad
         _, after = method.update(odd, state, params)
         assert (after.fallen, after.expected) == known
         # and the step after that, which has nothing to look back on
         _, later = method.update(grads, after, params)
         assert later.fallen.isfinite()
-        if odd is not grads and float(after.due) == 0:
+        if nothing:
+            assert (after.due, after.t, after.eta) == (0, 0, 0)
             assert (later.fallen, later.expected) == known
+            # nor has a second one in a row
+            _, again = method.update(odd, after, params)
+            assert (again.fallen, again.expected) == known
 
 
 def test_a_first_batch_that_is_skipped_leaves_no_nan_behind() -> None:

@@ -18,6 +18,7 @@ from modula_agd import (
     ReLU,
     SquareLoss,
     agd,
+    explain,
     published,
 )
 from modula_agd.step_average import MEMORY, MOST, averaged
@@ -50,7 +51,7 @@ def run(steps: list[float], power: float) -> tuple[list[float], list[float], lis
     told: list[tuple[float, float, float]] = []
     for step in steps:
         t, means = averaged(torch.tensor(step, dtype=torch.float64), state, power, TRUE)
-        state = state._replace(**means, steps=state.steps + 1)
+        state = state._replace(**means)
         told.append((float(t), float(state.asked), float(state.recent)))
     first, second, third = zip(*told, strict=True)
     return list(first), list(second), list(third)
@@ -148,6 +149,56 @@ def test_left_out_steps_leave_the_means_as_they_were() -> None:
     _, after = method.update(gradients(method, params, 1), skipped, params)
     _, expected = method.update(gradients(method, params, 1), alone, params)
     assert float(after.t) == pytest.approx(float(expected.t), rel=1e-12)
+
+
+def test_steps_without_a_gradient_do_not_count_as_steps_of_0() -> None:
+    method = agd(NET, SquareLoss())
+    params = NET.init(0, dtype=torch.float64)
+    state = method.init(params)
+    for _ in range(5):
+        _, state = method.update({}, state, params)
+    assert (state.t, state.majorants) == (0, 0)
+    _, after = method.update(gradients(method, params, 0), state, params)
+    assert after.t == after.asked > 0
+    assert after.majorants == 1
+
+
+def test_a_state_of_steps_that_were_not_averaged_begins_its_means_anew() -> None:
+    single, method = agd(NET, SquareLoss(), step_average=None), agd(NET, SquareLoss())
+    params = NET.init(0, dtype=torch.float64)
+    state = single.init(params)
+    for step in range(50):
+        _, state = single.update(gradients(single, params, step), state, params)
+    wanted = single.update(gradients(single, params, 99), state, params)[1].t
+    assert method.update(gradients(method, params, 99), state, params)[1].t == wanted > 0
+
+
+def test_where_descents_vanish_the_limit_holds_the_step() -> None:
+    """Through the whole update: two hundred steps of a gradient, then of a thousandth of it."""
+    method = agd(NET, SquareLoss())
+    params = NET.init(0, dtype=torch.float64)
+    state, grads = method.init(params), gradients(method, params, 0)
+    faint = {name: value / 1000 for name, value in grads.items()}
+    for step in range(320):
+        _, state = method.update(grads if step < 200 else faint, state, params)
+        assert float(state.t) == pytest.approx(min(float(state.asked), MOST * float(state.recent)), rel=1e-12)
+        if step == 199:
+            before = float(state.t)
+    assert float(state.t) == pytest.approx(MOST * float(state.recent), rel=1e-12)
+    assert float(state.t) < 0.8 * float(state.asked) < 0.8 * before
+
+
+def test_an_explanation_tells_the_means() -> None:
+    method = agd(NET, SquareLoss())
+    params = NET.init(0, dtype=torch.float64)
+    _, state = method.update(gradients(method, params, 0), method.init(params), params)
+    told = explain(method, state)
+    assert told.asked == told.recent == float(state.t)
+    assert "asked for" in str(told)
+    single = agd(NET, SquareLoss(), step_average=None)
+    _, state = single.update(gradients(single, params, 0), single.init(params), params)
+    assert explain(single, state).asked is None
+    assert "asked for" not in str(explain(single, state))
 
 
 def test_with_momentum_alone_steps_are_averaged() -> None:
