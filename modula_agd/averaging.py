@@ -9,6 +9,7 @@ about the last 1/(ρ + 1) of the steps counts, however many there have been.
 """
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,19 @@ POWER = 8.0
 """ρ: about the last ninth of a run counts. The value of Ivgi et al. 2023 (arXiv:2302.12022); no other was tried."""
 
 
+Count = TypeVar("Count", float, Tensor)
+
+
+def newest(count: Count, power: float = POWER) -> Count:
+    """c_n of a polynomial average, of weights or of steps (``step_average.py``). Of a count on a device nothing is asked.
+
+    Args:
+        count: n ≥ 1.
+        power: ρ ≥ 0.
+    """
+    return (power + 1) / (count + power)
+
+
 def share(count: int) -> float:
     """c_n, what the newest weights count for; 1 for the first.
 
@@ -31,7 +45,7 @@ def share(count: int) -> float:
         InvalidArgument: there have been no steps.
     """
     positive("the number of steps of an average", count)
-    return (POWER + 1) / (count + POWER)
+    return newest(float(count))
 
 
 def averaged(average: Mapping[str, Tensor] | None, params: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -70,7 +84,7 @@ def average_(average: Mapping[str, Tensor], params: Mapping[str, Tensor], count:
     means = [average[name] for name in names]
     if names and isinstance(count, Tensor):
         steps = torch._foreach_sub(fresh, means)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_mul_(steps, (POWER + 1) / (count.double() + POWER))  # pyright: ignore
+        torch._foreach_mul_(steps, newest(count.double()))  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_add_(means, steps)  # pyright: ignore[reportPrivateImportUsage]
     elif names:
         torch._foreach_lerp_(means, fresh, share(int(count)))  # pyright: ignore

@@ -122,8 +122,11 @@ class Explanation:
         ]
         if not decays:
             header, *body = ([*row[:-2], row[-1]] for row in (header, *body))
-        facts = [
-            ("η", f"{self.eta:.4g}"),
+        facts = [("η", f"{self.eta:.4g}")]
+        if self.asked is not None:
+            means = f"t is the mean of those that majorants asked for: {self.asked:.4g}, of the last fifty {self.recent:.4g}"
+            facts.append(("steps", means))
+        facts += [
             (
                 "descent S",
                 f"{self.descent:.4g} on this batch, {self.smoothed:.4g} in the mean that the step reckons with",
@@ -132,9 +135,6 @@ class Explanation:
             ("curvature", f"{self.curvature:.3g} of the declared one, along the last steps"),
             ("promised decrease", f"{self.promised:.4g}"),
         ]
-        if self.asked is not None:
-            told = f"t is the mean of those that majorants asked for: {self.asked:.4g}, of the last fifty {self.recent:.4g}"
-            facts.insert(1, ("steps", told))
         if self.predicted is not None:
             facts.append(("predicted, mean", f"{self.predicted:.4g} per step"))
             facts.append(("realised, mean", f"{self.realised:.4g} ± {self.error:.2g} per step"))

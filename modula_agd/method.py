@@ -296,9 +296,10 @@ class Method(Derivation):
         means = {}
         if self.step_average is not None:
             t, means = averaged(t, state, self.step_average, finite & (descent != 0))
+        _, depth = self.search.reckoned(majorant.bound)
         expected = t * self.search.stiffness(majorant)
         after = state._replace(
-            eta=t * self.search.reckoned(majorant.bound)[1],
+            eta=t * depth,
             t=t,
             descent=descent,
             change=best.change,

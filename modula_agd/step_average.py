@@ -11,9 +11,11 @@ about the last 1/(ρ + 1) of the run's steps decide, however many there have bee
 are evaluated: what moves about faster than they do is taken out by them.
 
 Half a run is late where descents vanish, as training samples are fitted, or weights run away: a step is at most ``MOST`` times the mean of
-about the last fifty, r_n, which is made like t̄ with shares of at least 1 − ``MEMORY`` (and so is t̄ itself for the first hundred steps):
+about the last fifty, r_n, which is made like t̄ with shares of at least 1 − ``MEMORY``:
 
     t_n = min(t̄_n, MOST·r_n)
+
+At ρ = 1 both means are the same for the first hundred steps, in which the limit cannot bind.
 """
 
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modula_agd.averaging import newest
 from modula_agd.state import Scalar, State
 
 POWER = 1.0
@@ -41,7 +44,7 @@ def averaged(wanted: Scalar, state: State, power: float, counts: Tensor) -> tupl
         counts: where False, of a step left out and of a zero gradient, which say nothing of steps, all three stay.
     """
     count = state.majorants + 1
-    share = (power + 1) / (count + power)
+    share = newest(count, power)
     means: dict[str, Any] = {"majorants": torch.where(counts, count, state.majorants)}
     for name, least in (("asked", share), ("recent", share.clamp(min=1 - MEMORY))):
         before = getattr(state, name)

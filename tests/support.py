@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
-from modula_agd import Loss, Module, agd
+from modula_agd import Loss, Method, Module, agd
 from modula_agd.polar import working_dtype
 from modula_agd.verify.tolerance import rounding
 
@@ -25,6 +25,16 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=seeded(seed), dtype=torch.float64).to(dtype)
+
+
+def batch(seed: int, samples: int = 8) -> tuple[Tensor, Tensor]:
+    """Inputs of four features and targets of three, [samples, 4] and [samples, 3]."""
+    return gaussian(samples, 4, seed=seed), gaussian(samples, 3, seed=seed + 1000)
+
+
+def gradients(method: Method, params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Of the mean loss of a batch, by name."""
+    return torch.func.grad(method.objective)(params, inputs, targets)
 
 
 def with_singular_values(values: Tensor, rows: int, cols: int, seed: int = 0) -> Tensor:

@@ -21,14 +21,10 @@ from modula_agd import (
 from modula_agd.balance import MEMORY, RANGE, portions, weighed
 from modula_agd.bound import Gain
 from modula_agd.layer import LinearBond
-from support import gaussian
+from support import batch, gaussian
 
 NET = Linear(3, 6) @ Tanh() @ Linear(6, 4)
 DEEP = MLP(Logits(3), 8, 4, depth=4)
-
-
-def batch(seed: int, samples: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    return gaussian(samples, 4, seed=seed), gaussian(samples, 3, seed=seed + 1000)
 
 
 def numbers(*values: float) -> torch.Tensor:

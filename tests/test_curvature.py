@@ -15,7 +15,6 @@ from modula_agd import (
     InvalidArgument,
     Linear,
     Logits,
-    Method,
     SquareLoss,
     Tanh,
     agd,
@@ -23,18 +22,10 @@ from modula_agd import (
 from modula_agd.curvature import LEAST, MEMORY, MOST, UNKNOWN, curvature
 from modula_agd.held_out import OUTLIER
 from modula_agd.train import task
-from support import gaussian
+from support import batch, gradients
 
 NET = Linear(3, 6) @ Tanh() @ Linear(6, 4)
 BETA = 0.8
-
-
-def batch(seed: int, samples: int = 8) -> tuple[Tensor, Tensor]:
-    return gaussian(samples, 4, seed=seed), gaussian(samples, 3, seed=seed + 1000)
-
-
-def gradients(method: Method, params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    return torch.func.grad(method.objective)(params, inputs, targets)
 
 
 def moved(params: dict[str, Tensor], updates: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -186,13 +177,12 @@ def test_what_cannot_be_compared_counts_for_nothing() -> None:
     bad = {name: torch.full_like(value, math.nan) for name, value in grads.items()}
     zero = {name: torch.zeros_like(value) for name, value in grads.items()}
     for odd in ({**grads, "0.weight": None}, zero, bad):
-        nothing = odd is zero or odd is bad
         _, after = method.update(odd, state, params)
         assert (after.fallen, after.expected) == known
         # and the step after that, which has nothing to look back on
         _, later = method.update(grads, after, params)
         assert later.fallen.isfinite()
-        if nothing:
+        if odd is zero or odd is bad:
             assert (after.due, after.t, after.eta) == (0, 0, 0)
             assert (later.fallen, later.expected) == known
             # nor has a second one in a row

@@ -20,7 +20,6 @@ from modula_agd import (
     InvalidArgument,
     Linear,
     Logits,
-    Method,
     Sequence,
     SquareLoss,
     SwiGLU,
@@ -30,6 +29,7 @@ from modula_agd import (
 )
 from modula_agd.held_out import OUTLIER, lead, measured, renewed, steadiness
 from modula_agd.train import task
+from support import gradients
 
 NET = Linear(3, 6) @ Tanh() @ Linear(6, 4)
 BETA = 0.8
@@ -39,10 +39,6 @@ def batch(seed: int, samples: int = 8) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
     return draw(samples, 4), draw(samples, 3)
-
-
-def gradients(method: Method, params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    return torch.func.grad(method.objective)(params, inputs, targets)
 
 
 def test_thirty_steps_equal_a_slow_reference() -> None:

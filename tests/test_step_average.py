@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from modula_agd import (
     AGD,
@@ -22,19 +21,11 @@ from modula_agd import (
     published,
 )
 from modula_agd.step_average import MEMORY, MOST, averaged
-from support import gaussian
+from support import batch, gaussian, gradients
 
 NET = Linear(3, 6) @ ReLU() @ Linear(6, 4)
 BETA = 0.9
 TRUE = torch.tensor(True)
-
-
-def batch(seed: int, samples: int = 8) -> tuple[Tensor, Tensor]:
-    return gaussian(samples, 4, seed=seed), gaussian(samples, 3, seed=seed + 1000)
-
-
-def gradients(method: Method, params: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    return torch.func.grad(method.objective)(params, *batch(seed))
 
 
 def reference(steps: list[float], power: float, least: float = 0.0) -> float:
@@ -95,7 +86,7 @@ def test_every_step_is_the_mean_of_what_the_majorants_asked_for(power: float) ->
     params, asked = NET.init(0, dtype=torch.float64), []
     state = method.init(params)
     for step in range(25):
-        grads = gradients(method, params, step)
+        grads = gradients(method, params, *batch(step))
         single, alone = newest.update(grads, state, params)
         updates, state = method.update(grads, state, params)
         asked.append(float(alone.t))
@@ -141,13 +132,13 @@ def test_left_out_steps_leave_the_means_as_they_were() -> None:
     bad = {name: torch.full_like(value, math.nan) for name, value in params.items()}
     _, first = method.update(bad, method.init(params), params)
     assert first.asked == first.recent == 0
-    _, state = method.update(gradients(method, params, 0), first, params)
-    _, alone = method.update(gradients(method, params, 0), method.init(params), params)
+    _, state = method.update(gradients(method, params, *batch(0)), first, params)
+    _, alone = method.update(gradients(method, params, *batch(0)), method.init(params), params)
     assert state.t == alone.t > 0
     _, skipped = method.update(bad, state, params)
     assert (skipped.asked, skipped.recent, int(skipped.skipped)) == (state.asked, state.recent, 2)
-    _, after = method.update(gradients(method, params, 1), skipped, params)
-    _, expected = method.update(gradients(method, params, 1), alone, params)
+    _, after = method.update(gradients(method, params, *batch(1)), skipped, params)
+    _, expected = method.update(gradients(method, params, *batch(1)), alone, params)
     assert float(after.t) == pytest.approx(float(expected.t), rel=1e-12)
 
 
@@ -158,7 +149,7 @@ def test_steps_without_a_gradient_do_not_count_as_steps_of_0() -> None:
     for _ in range(5):
         _, state = method.update({}, state, params)
     assert (state.t, state.majorants) == (0, 0)
-    _, after = method.update(gradients(method, params, 0), state, params)
+    _, after = method.update(gradients(method, params, *batch(0)), state, params)
     assert after.t == after.asked > 0
     assert after.majorants == 1
 
@@ -168,16 +159,16 @@ def test_a_state_of_steps_that_were_not_averaged_begins_its_means_anew() -> None
     params = NET.init(0, dtype=torch.float64)
     state = single.init(params)
     for step in range(50):
-        _, state = single.update(gradients(single, params, step), state, params)
-    wanted = single.update(gradients(single, params, 99), state, params)[1].t
-    assert method.update(gradients(method, params, 99), state, params)[1].t == wanted > 0
+        _, state = single.update(gradients(single, params, *batch(step)), state, params)
+    wanted = single.update(gradients(single, params, *batch(99)), state, params)[1].t
+    assert method.update(gradients(method, params, *batch(99)), state, params)[1].t == wanted > 0
 
 
 def test_where_descents_vanish_the_limit_holds_the_step() -> None:
     """Through the whole update: two hundred steps of a gradient, then of a thousandth of it."""
     method = agd(NET, SquareLoss())
     params = NET.init(0, dtype=torch.float64)
-    state, grads = method.init(params), gradients(method, params, 0)
+    state, grads = method.init(params), gradients(method, params, *batch(0))
     faint = {name: value / 1000 for name, value in grads.items()}
     for step in range(320):
         _, state = method.update(grads if step < 200 else faint, state, params)
@@ -191,12 +182,12 @@ def test_where_descents_vanish_the_limit_holds_the_step() -> None:
 def test_an_explanation_tells_the_means() -> None:
     method = agd(NET, SquareLoss())
     params = NET.init(0, dtype=torch.float64)
-    _, state = method.update(gradients(method, params, 0), method.init(params), params)
+    _, state = method.update(gradients(method, params, *batch(0)), method.init(params), params)
     told = explain(method, state)
     assert told.asked == told.recent == float(state.t)
     assert "asked for" in str(told)
     single = agd(NET, SquareLoss(), step_average=None)
-    _, state = single.update(gradients(single, params, 0), single.init(params), params)
+    _, state = single.update(gradients(single, params, *batch(0)), single.init(params), params)
     assert explain(single, state).asked is None
     assert "asked for" not in str(explain(single, state))
 
@@ -237,7 +228,7 @@ def test_what_a_step_is_expected_to_use_up_is_the_bounds_curvature_along_it() ->
     """h·(a·D)²·t against the second difference of the majorant's own bound at 0."""
     method = agd(NET, SquareLoss())
     params = NET.init(0, dtype=torch.float64)
-    _, state = method.update(gradients(method, params, 0), method.init(params), params)
+    _, state = method.update(gradients(method, params, *batch(0)), method.init(params), params)
     small = 1e-4
     bound = NET.bound(small, magnitude=1.0, constants="typical")
     second = 2 * float(SquareLoss().bound(bound.magnitude * (bound.growth - 1))) / small**2
