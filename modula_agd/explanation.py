@@ -71,7 +71,8 @@ class Explanation:
         curvature: κ, measured along the last steps in units of the declared curvature; 1 where it is not measured.
         asked: mean of the steps that majorants asked for, over the run's last half by default; None where steps are not averaged.
         recent: mean of the last fifty, twice which a step is at most; None likewise.
-        promised: what the last majorant says that its own minimiser lowers the loss by, at least.
+        promised: what the last majorant says that this step lowers the loss by, at least; below 0 where the step, a mean of those that
+            majorants asked for, is longer than this one allows. The optimizer's multiplier is not counted in.
         predicted: the mean of that over the last hundred steps or so; None where no loss was told.
         realised: the mean of what the loss fell by.
         error: standard error of ``realised``.
@@ -221,7 +222,7 @@ def scalars(method: Method, state: State, multipliers: Mapping[str, float | Tens
 
     Returns:
         "eta", "t", "descent" and "smoothed" (S of this batch, Ŝ of the mean), "depth", "magnitude", "curvature" (κ, 1 where it is
-        not measured), "promised", "steps", "skipped";
+        not measured), "promised", "steps", "skipped"; "asked" and "recent", the means that t is made of, where steps are averaged;
         "predicted" and "realised" where losses were told; "step/NAME", the relative step of each weight.
     """
     weight, told = state.weight.clamp(min=1e-300), state.told.clamp(min=1e-300)
@@ -236,6 +237,8 @@ def scalars(method: Method, state: State, multipliers: Mapping[str, float | Tens
         "magnitude": state.magnitude,
         "curvature": method.measured_curvature(state),
         "promised": -state.change,
+        "asked": state.asked,
+        "recent": state.recent,
         "predicted": state.predicted / told,
         "realised": state.realised / told,
         "steps": state.steps,
@@ -248,6 +251,8 @@ def scalars(method: Method, state: State, multipliers: Mapping[str, float | Tens
     found = dict(zip(numbers, flat.tolist(), strict=True))
     if not found.pop("told"):
         del found["predicted"], found["realised"]
+    if method.step_average is None:
+        del found["asked"], found["recent"]
     return found
 
 

@@ -1,9 +1,9 @@
 """Predicted against realised: whether the majorant is loose, or violated.
 
-A step at which the majorant is minimal is predicted to lower the loss by at least −min M. What the loss then falls by, from one
-batch to the next, is seen one step later, with the noise of both batches; means over many steps tell. The mean of differences is
-nearly free of that noise, as each value enters it twice, with opposite signs. Where steps are relaxed or averaged, the step made is not
-that minimiser: a longer one lowers the loss by less, and is called violated sooner.
+A step t is predicted to lower the loss by at least −M(t), which is below 0 where it is longer than about twice the majorant's
+minimiser, as a mean of steps may be. What the loss then falls by, from one batch to the next, is seen one step later, with the noise of
+both batches; means over many steps tell. The mean of differences is nearly free of that noise, as each value enters it twice, with
+opposite signs.
 """
 
 from typing import Any
@@ -29,11 +29,12 @@ def forecast(state: State, value: Tensor | None) -> dict[str, Any]:
         return {"loss": torch.full_like(state.loss, torch.inf)}
     now = wide(value.detach()).to(state.loss)
     fallen = state.loss - now
-    share = (1 - MEMORY) * fallen.isfinite().to(now.dtype)
-    fallen = torch.where(fallen.isfinite(), fallen, 0.0)
+    known = fallen.isfinite() & state.change.isfinite()
+    share = (1 - MEMORY) * known.to(now.dtype)
+    fallen, change = torch.where(known, fallen, 0.0), torch.where(known, state.change, 0.0)
     return {
         "loss": now,
-        "predicted": state.predicted.lerp(-state.change, share),
+        "predicted": state.predicted.lerp(-change, share),
         "realised": state.realised.lerp(fallen, share),
         "wander": state.wander.lerp(fallen.square(), share),
         "told": state.told.lerp(torch.ones_like(state.told), share),

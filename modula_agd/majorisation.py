@@ -76,6 +76,21 @@ class Majorant:
             value = value + self.residual * a * error
         return value.masked_fill(~value.isfinite(), torch.inf)
 
+    def at(self, t: Scalar) -> Scalar:
+        """The majorant at any t ≥ 0, by the chord between its neighbours among the points: of a convex function never too little.
+
+        Before the first point above 0 what it takes back rises like t²; beyond the last point the last chord goes on, which lies below.
+        """
+        if self.t.numel() < 2:
+            raise InvalidArgument("a majorant was asked for its value between points, but was evaluated at one alone")
+        taken = self.values() + self.t * self.descent
+        left = ((self.t <= t).sum() - 1).clamp(0, self.t.numel() - 2)
+        (start, low), (stop, high) = ([x.gather(0, at[None])[0] for x in (self.t, taken)] for at in (left, left + 1))
+        share = (t - start) / (stop - start)
+        share = torch.where(left == 0, share * share, share)
+        # 0 times an overflow is NaN
+        return torch.where(share > 0, low + share * (high - low), low) - t * self.descent
+
     def curved(self, factor: Scalar) -> "Majorant":
         """The same with a loss bound ``factor`` times as curved."""
         return replace(
@@ -88,12 +103,10 @@ class Minimum(NamedTuple):
 
     Args:
         t: relative step of an atom of mass 1, 0-d, ≥ 0.
-        eta: η, relative step of the whole network: t times the depth that the search reckons with.
         change: the majorant at t, ≤ 0: what the loss is predicted to change by, at most.
     """
 
     t: Scalar
-    eta: Scalar
     change: Scalar
 
 
@@ -132,8 +145,12 @@ class Search(ABC):
     def minimum(self, majorant: Majorant) -> Minimum:
         """The minimiser, without waiting for the device."""
 
+    def change(self, majorant: Majorant, t: Scalar) -> Scalar:
+        """The majorant at a step t ≥ 0 that need not be the minimiser: above 0 where that goes too far for it."""
+        return majorant.at(t)
+
     def reckoned(self, bound: Bound) -> tuple[Number, Number]:
-        """The output magnitude a and the depth that the search reckons with."""
+        """The output magnitude a and the depth that the search reckons with; η is t times that depth."""
         return bound.magnitude, bound.depth
 
     def stiffness(self, majorant: Majorant) -> Number:
@@ -179,9 +196,12 @@ class ClosedForm(Search):
     def minimum(self, majorant: Majorant) -> Minimum:
         magnitude, depth = self.reckoned(majorant.bound)
         gradient = majorant.descent / depth
-        eta = closed_form(gradient, magnitude, majorant.curvature)
-        change = -gradient * eta + majorant.curvature / 2 * (magnitude * torch.expm1(eta)) ** 2
-        return Minimum(eta / depth, eta, change)
+        t = closed_form(gradient, magnitude, majorant.curvature) / depth
+        return Minimum(t, self.change(majorant, t))
+
+    def change(self, majorant: Majorant, t: Scalar) -> Scalar:
+        magnitude, depth = self.reckoned(majorant.bound)
+        return -majorant.descent * t + majorant.curvature / 2 * (magnitude * torch.expm1(t * depth)) ** 2
 
 
 @dataclass(frozen=True)
@@ -215,7 +235,7 @@ class _Grid(Search, ABC):
         values = majorant.values()
         index = values.argmin()
         t, change = majorant.t.gather(0, index[None])[0], values.gather(0, index[None])[0]
-        return Minimum(t, t * majorant.bound.depth, change)
+        return Minimum(t, change)
 
 
 @dataclass(frozen=True)
@@ -239,7 +259,7 @@ class ExactGrowth(_Grid):
         closed = ClosedForm().minimum(majorant)
         better = closed.change < change
         t, change = torch.where(better, closed.t, t), torch.where(better, closed.change, change)
-        return Minimum(t, t * majorant.bound.depth, change)
+        return Minimum(t, change)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ It knows no layer and no loss by name. One update:
 2. the search minimises the majorant (``majorisation.py``), which gives one number t;
 3. each weight moves by −t·p_k·m_k·ω_k·u_k.
 
-On minibatches the direction and its descent are told apart (``held_out.py``), the bound is as curved as past steps found the
-loss (``curvature.py``), t is the mean of what majorants asked for (``step_average.py``), and the portions p_k, otherwise 1, are what
-past steps found of each weight (``balance.py``).
+Directions are made and kept in ``directed.py``. On minibatches direction and descent are told apart (``held_out.py``), the bound is
+as curved as past steps found the loss (``curvature.py``), t is the mean of what majorants asked for (``step_average.py``), and the
+portions p_k, otherwise 1, are what past steps found of each weight (``balance.py``).
 
 All scalars stay on the device, so that a step waits for nothing.
 """
@@ -21,19 +21,18 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from modula_agd.balance import portions, weighed
-from modula_agd.curvature import curvature, looked_back
-from modula_agd.derivation import Derivation, settled
+from modula_agd.balance import portions
+from modula_agd.curvature import curvature
+from modula_agd.derivation import settled
 from modula_agd.device import precise
-from modula_agd.directions import due
+from modula_agd.directed import Directed, unless
 from modula_agd.error import InvalidArgument
 from modula_agd.exchange import ALONE, Exchange
 from modula_agd.forecast import forecast
-from modula_agd.held_out import begun, lead, measured, renewed, short_dtype, steadiness
+from modula_agd.held_out import measured, steadiness
 from modula_agd.inspection import check_finite, check_parameters, check_step, check_update, loss_told
 from modula_agd.majorisation import Evidence
 from modula_agd.norm import Direction, wide
-from modula_agd.polar import working_dtype
 from modula_agd.space import finite as finite_number
 from modula_agd.state import WEIGHT_SIZED, Scalar, State
 from modula_agd.step_average import averaged
@@ -64,35 +63,8 @@ class Move(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method(Derivation):
+class Method(Directed):
     """An optimisation method for one network and one loss, made by ``agd``; how an update is made of what they declare."""
-
-    def counted(
-        self,
-        state: State,
-        gradients: Mapping[str, Tensor],
-        part: float,
-        finite: Bool[Tensor, ""] | None,
-        *,
-        absorbed: bool = False,
-        in_place: bool = False,
-    ) -> dict[str, dict[str, Tensor]]:
-        """The state's ``momentum`` and ``lead`` with the gradients of a part of a step's samples counted in.
-
-        Args:
-            state: before the update.
-            gradients: by name, detached.
-            part: the share of the step's samples.
-            finite: where False, the past is kept; None where that has been looked at.
-            absorbed: whether the next direction is made of them at once, and serves this step alone.
-            in_place: write over what the state holds.
-        """
-        if self.momentum is None or not gradients:
-            return {"momentum": state.momentum, "lead": state.lead}
-        periods = self._serving(next(iter(gradients.values())).device)
-        ahead = {name: lead(self.momentum, 1 if absorbed else periods[name]) for name in gradients}
-        full = self.precision == "full"
-        return renewed(state, gradients, part * (1 - self.momentum), ahead, finite, full=full, in_place=in_place)
 
     def objective(
         self,
@@ -276,48 +248,24 @@ class Method(Derivation):
         if not masked:
             check_finite(dict(zip(self.atoms, (pairs * sizes).tolist(), strict=True)))
 
-        usable, smoothed, scale, weight = measured(torch.where(finite, descent, 0.0), state, self.smoothing)
         if self.momentum is not None:
             # a zero gradient means a zero step of its weight, whatever the past says
             reach = reach * (pairs != 0)
-        steady = steadiness(smoothed, scale, weight)
-        majorant = self._majorant(usable.clamp(min=0.0), sizes, device, evidence)
-        factor = curvature(state, steady, self.noise) if self.curvature == "measured" else None
-        best = self.search.minimum(majorant if factor is None else majorant.curved(factor))
-        relaxed = 2.0 - steady if self.relaxation is None else self.relaxation
-        t = relaxed * best.t
-        # sizes or magnitudes near the ends of the number range can overflow on the way to a step, in the weights' precision too
-        finite = finite & t.float().isfinite()
-        if not masked:
-            check_step(t.float(), evidence)
-        else:
+        t, finite, numbers = self._length(descent, finite, sizes, state, evidence)
+        if masked:
             # made of a gradient itself, a direction may be NaN
             kept |= {name: torch.where(finite, kept[name], 0.0) for name in kept.keys() - state.lead.keys()}
-        means = {}
-        if self.step_average is not None:
-            t, means = averaged(t, state, self.step_average, finite & (descent != 0))
-        _, depth = self.search.reckoned(majorant.bound)
-        expected = t * self.search.stiffness(majorant)
         after = state._replace(
-            eta=t * depth,
-            t=t,
             descent=descent,
-            change=best.change,
-            magnitude=zero + majorant.bound.magnitude,
-            depth=zero + majorant.bound.depth,
             descents=pairs,
             sizes=sizes,
             steps=state.steps + 1,
             skipped=state.skipped + (~finite).to(state.skipped.dtype),
-            smoothed=smoothed,
-            scale=scale,
-            weight=weight,
             clock=state.clock + 1,
             directions=unless(finite if masked else None, state.directions, kept),
-            due=torch.where(finite & expected.isfinite(), expected, 0.0),
             portions=parts,
             rates=torch.ones_like(parts),
-            **means,
+            **numbers,
             **forecast(state, told),
         )
         amounts = dict(zip(self.atoms, (-t * reach).unbind(), strict=True))
@@ -327,6 +275,50 @@ class Method(Derivation):
         shares = {name: (self.decay * lengths[name]).clamp(max=1.0) for name in directions if self.decay}
         shrink = {name: share * moved[name] for name, share in shares.items()}
         return Move(directions, gradients, amounts, shrink, finite if masked else None, after)
+
+    def _length(
+        self, descent: Scalar, finite: Bool[Tensor, ""], sizes: Tensor, state: State, evidence: Evidence | None
+    ) -> tuple[Scalar, Bool[Tensor, ""], dict[str, Scalar]]:
+        """The relative step t, whether it is a number, and what the new state says of it.
+
+        Args:
+            descent: S of this batch.
+            finite: whether it is a number.
+            sizes: ω_k.
+            state: with the curvature along past steps counted in.
+            evidence: for a certified search.
+        """
+        usable, smoothed, scale, weight = measured(torch.where(finite, descent, 0.0), state, self.smoothing)
+        steady = steadiness(smoothed, scale, weight)
+        declared = self._majorant(usable.clamp(min=0.0), sizes, descent.device, evidence)
+        factor = curvature(state, steady, self.noise) if self.curvature == "measured" else None
+        majorant = declared if factor is None else declared.curved(factor)
+        t, change = self.search.minimum(majorant)
+        if self.relaxation != 1:
+            t = (2.0 - steady if self.relaxation is None else self.relaxation) * t
+        # sizes or magnitudes near the ends of the number range can overflow on the way to a step, in the weights' precision too
+        finite = finite & t.float().isfinite()
+        if not self._masked(descent.device):
+            check_step(t.float(), evidence)
+        means = {}
+        if self.step_average is not None:
+            t, means = averaged(t, state, self.step_average, finite & (descent != 0))
+        if self.relaxation != 1 or self.step_average is not None:
+            change = self.search.change(majorant, t)
+        _, depth = self.search.reckoned(declared.bound)
+        expected = t * self.search.stiffness(declared)
+        numbers = {
+            "t": t,
+            "eta": t * depth,
+            "change": change,
+            "magnitude": torch.zeros_like(t) + declared.bound.magnitude,
+            "depth": torch.zeros_like(t) + declared.bound.depth,
+            "smoothed": smoothed,
+            "scale": scale,
+            "weight": weight,
+            "due": torch.where(finite & expected.isfinite(), expected, 0.0),
+        }
+        return t, finite, numbers | means
 
     def measured_curvature(self, state: State) -> Scalar:
         """κ, the curvature that steps found in units of the declared one; 1 where it is not measured."""
@@ -339,73 +331,6 @@ class Method(Derivation):
         check_finite(dict(zip(self.atoms, (state.descents * state.sizes).tolist(), strict=True)))
 
     # -- parts of an update ----------------------------------------------------------------------------------------------
-
-    def kept_dtype(self, dtype: torch.dtype, period: int = 1) -> torch.dtype:
-        """In which a lead or a direction is kept that is computed in ``dtype``: short, unless steps are made along it again."""
-        return dtype if period > 1 or self.precision == "full" else short_dtype(dtype)
-
-    def _serving(self, device: torch.device) -> dict[str, int]:
-        """Steps that one direction of each parameter serves here: which are due is for the host to decide, which would cut a graph."""
-        compiled = torch.compiler.is_compiling() and self.refresh is None
-        return dict.fromkeys(self.atoms, 1) if compiled else self.periods(device)
-
-    def _masked(self, device: torch.device) -> bool:
-        """Whether what cannot be looked at without a wait (or, compiled, without leaving the graph) is masked instead."""
-        return self.nonfinite == "skip" or device.type != "cpu" or torch.compiler.is_compiling()
-
-    def _gradients(self, grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """Of each parameter that moves, in the network's order."""
-        found = {name: grads.get(name) for name, atom in self.atoms.items() if atom.mass > 0}
-        return {name: gradient.detach() for name, gradient in found.items() if gradient is not None}
-
-    def _directions(
-        self, gradients: Mapping[str, Tensor], state: State, device: torch.device, exchange: Exchange
-    ) -> tuple[dict[str, Direction], dict[str, Tensor]]:
-        """u of each parameter, and those that shall serve further steps."""
-        periods = self._serving(device)
-        places = {name: index for index, name in enumerate(self.atoms)}
-        lasting = {name for name in gradients if periods[name] > 1}
-        clock = int(state.clock) if lasting else 0
-        held = set(gradients) if self.measures else lasting
-        old = {name for name in lasting & state.directions.keys() if not due(clock, places[name], periods[name])}
-        # one that was kept to measure along it is too rough to step along
-        old = {name for name in old if state.directions[name].dtype == working_dtype(gradients[name].dtype)}
-        sources = {name: state.lead.get(name, gradients[name]) for name in gradients if name not in old}
-        sources = {name: source.to(working_dtype(gradients[name].dtype)) for name, source in sources.items()}
-        if self.skips:
-            known = {name: source for name, source in sources.items() if name in state.lead}
-            started = exchange.nonzero(known)
-            sources |= {name: begun(x, gradients[name], started[name]) for name, x in known.items()}
-        fresh = exchange.directions(self.norms, sources, half=self._half(sources, device))
-        kept = {n: u.dense().to(self.kept_dtype(u.base.dtype, periods[n])) for n, u in fresh.items() if n in held}
-        kept |= {name: state.directions[name] for name in old}
-        # what is kept for a parameter without a gradient this time stays
-        kept = {name: value for name, value in state.directions.items() if name not in kept} | kept
-        one = torch.ones((), device=device)
-        found = {name: Direction(kept[name], one.to(kept[name])) if name in old else fresh[name] for name in gradients}
-        if self.momentum is not None:
-            found = exchange.seen(found, gradients)
-        return found, kept
-
-    def _looked_back(
-        self, gradients: Mapping[str, Tensor], state: State, exchange: Exchange
-    ) -> tuple[State, dict[str, Scalar]]:
-        """The state with the curvature along the last step counted in, and ⟨g, u⟩ of each gradient with the direction of that step."""
-        if not self.measures or not state.directions:
-            return state, {}
-        one, zero = torch.ones_like(state.t), torch.zeros_like(state.t)
-        left = {n: Direction(u, one).pair(gradients[n]) for n, u in state.directions.items() if n in gradients}
-        pairs = exchange.total(torch.stack([left.get(name, zero) for name in self.atoms]))
-        reach = state.sizes * self._plan(state.t.device).masses
-        fallen = looked_back(state, pairs, reach * state.portions) if self.curvature == "measured" else {}
-        used = weighed(state, pairs, reach) if self.balance == "measured" else {}
-        return state._replace(**fallen, **used), left
-
-    def _half(self, sources: Mapping[str, Tensor], device: torch.device) -> bool:
-        """Whether polar factors are iterated in bfloat16; "auto": where that is what an accelerator is fast at."""
-        if self.precision != "auto":
-            return self.precision == "half"
-        return device.type == "cuda" and all(source.dtype != torch.float64 for source in sources.values())
 
     def _shrinking(self, gradients: Mapping[str, Tensor], params: Mapping[str, Tensor], device: torch.device) -> Tensor:
         """What decay of each parameter alone lowers the loss by, to first order and per unit t: λ·m_k·⟨g_k, W_k⟩."""
@@ -433,14 +358,6 @@ class Method(Derivation):
                 "a certified update was asked for without evidence of R and the input magnitude. "
                 "Pass evidence=method.evidence(params, inputs, targets) of the same batch."
             )
-
-
-def unless(finite: Bool[Tensor, ""] | None, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The new tensors where ``finite``, or where that has been looked at (None); otherwise the old ones, or 0 without."""
-    if finite is None:
-        return dict(new)
-    before = {n: old[n].to(x.dtype) if n in old else torch.zeros_like(x) for n, x in new.items() if x is not old.get(n)}
-    return {n: torch.where(finite, x, before[n]) if n in before else x for n, x in new.items()}
 
 
 def _ends(gradient: Tensor | None, like: Tensor) -> Scalar:

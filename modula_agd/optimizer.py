@@ -12,6 +12,7 @@ from modula_agd import memory
 from modula_agd.accumulation import MicroBatches
 from modula_agd.agd import agd
 from modula_agd.bridge.bridged import Bridged, from_torch
+from modula_agd.directed import unless
 from modula_agd.error import InvalidArgument
 from modula_agd.exchange import ALONE
 from modula_agd.explanation import Explanation, explain, scalars
@@ -21,7 +22,7 @@ from modula_agd.inspection import check_gradients
 from modula_agd.lending import Lending
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence
-from modula_agd.method import Method, Move, unless
+from modula_agd.method import Method, Move
 from modula_agd.placement import data_parallel, exchange_of, local, local_gradient, reshard, skips_reduction
 from modula_agd.space import finite
 from modula_agd.state import WEIGHT_SIZED, State

@@ -17,7 +17,8 @@ class State(NamedTuple):
         eta: η, relative step of the whole network, dimensionless.
         t: relative step of an atom of mass 1 and portion 1, dimensionless.
         descent: S, first-order decrease of the loss per unit t.
-        change: what the majorant predicted the loss to change by at its own minimiser, ≤ 0.
+        change: what the majorant predicted the loss to change by at most, the optimizer's multiplier not counted in. At its own minimiser
+            ≤ 0; above where relaxed or averaged steps go too far for it.
         magnitude: a, bound of the output.
         depth: D.
         descents: ⟨g_k, u_k⟩ of each parameter, in the network's order; 0 without a gradient.

@@ -73,6 +73,7 @@ def test_the_numbers_of_a_step_agree_with_its_explanation_and_with_the_weights()
     assert numbers["eta"] == told.eta > 0
     assert numbers["t"] == told.t
     assert numbers["descent"] == told.descent
+    assert (numbers["asked"], numbers["recent"]) == (told.asked, told.recent)
     assert numbers["smoothed"] == pytest.approx(told.smoothed)
     assert (numbers["predicted"], numbers["realised"]) == (pytest.approx(told.predicted), pytest.approx(told.realised))
     assert numbers["steps"] == STEPS + 1
@@ -85,6 +86,7 @@ def test_the_numbers_of_a_step_agree_with_its_explanation_and_with_the_weights()
     fresh = AGD(NET.to_torch(0), LOSS).scalars()
     assert fresh["steps"] == fresh["eta"] == fresh["step/0.weight"] == 0
     assert "predicted" not in fresh
+    assert not {"asked", "recent"} & AGD(NET.to_torch(0), LOSS, step_average=None).scalars().keys()
 
 
 def test_tensorboard_shows_the_steps(tmp_path: Path) -> None:

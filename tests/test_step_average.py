@@ -100,6 +100,24 @@ def test_every_step_is_the_mean_of_what_the_majorants_asked_for(power: float) ->
     assert len(set(asked)) == 25
 
 
+@pytest.mark.parametrize("relaxation", [1.0, 2.0])
+@pytest.mark.parametrize("power", [None, 1.0])
+def test_what_is_predicted_is_the_majorant_at_the_step_that_is_made(power: float | None, relaxation: float) -> None:
+    method = agd(NET, SquareLoss(), momentum=BETA, curvature="declared", relaxation=relaxation, step_average=power)
+    params, rises = NET.init(0, dtype=torch.float64), 0
+    state = method.init(params)
+    for step in range(60):
+        updates, state = method.update(gradients(method, params, *batch(step)), state, params)
+        mean = max(float(state.smoothed / state.weight), 0.0) if float(state.weight) else 0.0
+        bound = NET.bound(float(state.t), constants="typical")
+        rise = SquareLoss().bound(bound.magnitude * (bound.growth - 1))
+        assert float(state.change) == pytest.approx(-float(state.t) * mean + rise, rel=2e-4, abs=1e-4 * rise + 1e-12)
+        rises += int(state.change > 0)
+        params = {name: weight + updates[name] for name, weight in params.items()}
+    # a step longer than twice the newest minimiser is not promised to descend, and the minimiser itself always is
+    assert (rises > 0) == (power is not None or relaxation > 1)
+
+
 def pure(method: Method, noise: float, steps: int, drift: float) -> list[float]:
     """t of each step on weights that stay, of gradients of noise about ``drift``·W."""
     params = NET.init(0, dtype=torch.float64)

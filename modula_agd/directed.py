@@ -1,0 +1,125 @@
+"""Which way each weight moves: the part of the engine that makes directions, keeps them, and measures the next gradient along them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from modula_agd.balance import weighed
+from modula_agd.curvature import looked_back
+from modula_agd.derivation import Derivation
+from modula_agd.directions import due
+from modula_agd.exchange import Exchange
+from modula_agd.held_out import begun, lead, renewed, short_dtype
+from modula_agd.norm import Direction
+from modula_agd.polar import working_dtype
+from modula_agd.state import Scalar, State
+
+
+@dataclass(frozen=True)
+class Directed(Derivation):
+    """What of a method concerns directions u_k: no step is decided on here."""
+
+    def counted(
+        self,
+        state: State,
+        gradients: Mapping[str, Tensor],
+        part: float,
+        finite: Bool[Tensor, ""] | None,
+        *,
+        absorbed: bool = False,
+        in_place: bool = False,
+    ) -> dict[str, dict[str, Tensor]]:
+        """The state's ``momentum`` and ``lead`` with the gradients of a part of a step's samples counted in.
+
+        Args:
+            state: before the update.
+            gradients: by name, detached.
+            part: the share of the step's samples.
+            finite: where False, the past is kept; None where that has been looked at.
+            absorbed: whether the next direction is made of them at once, and serves this step alone.
+            in_place: write over what the state holds.
+        """
+        if self.momentum is None or not gradients:
+            return {"momentum": state.momentum, "lead": state.lead}
+        periods = self._serving(next(iter(gradients.values())).device)
+        ahead = {name: lead(self.momentum, 1 if absorbed else periods[name]) for name in gradients}
+        full = self.precision == "full"
+        return renewed(state, gradients, part * (1 - self.momentum), ahead, finite, full=full, in_place=in_place)
+
+    def kept_dtype(self, dtype: torch.dtype, period: int = 1) -> torch.dtype:
+        """In which a lead or a direction is kept that is computed in ``dtype``: short, unless steps are made along it again."""
+        return dtype if period > 1 or self.precision == "full" else short_dtype(dtype)
+
+    def _serving(self, device: torch.device) -> dict[str, int]:
+        """Steps that one direction of each parameter serves here: which are due is for the host to decide, which would cut a graph."""
+        compiled = torch.compiler.is_compiling() and self.refresh is None
+        return dict.fromkeys(self.atoms, 1) if compiled else self.periods(device)
+
+    def _masked(self, device: torch.device) -> bool:
+        """Whether what cannot be looked at without a wait (or, compiled, without leaving the graph) is masked instead."""
+        return self.nonfinite == "skip" or device.type != "cpu" or torch.compiler.is_compiling()
+
+    def _gradients(self, grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Of each parameter that moves, in the network's order."""
+        found = {name: grads.get(name) for name, atom in self.atoms.items() if atom.mass > 0}
+        return {name: gradient.detach() for name, gradient in found.items() if gradient is not None}
+
+    def _directions(
+        self, gradients: Mapping[str, Tensor], state: State, device: torch.device, exchange: Exchange
+    ) -> tuple[dict[str, Direction], dict[str, Tensor]]:
+        """u of each parameter, and those that shall serve further steps."""
+        periods = self._serving(device)
+        places = {name: index for index, name in enumerate(self.atoms)}
+        lasting = {name for name in gradients if periods[name] > 1}
+        clock = int(state.clock) if lasting else 0
+        held = set(gradients) if self.measures else lasting
+        old = {name for name in lasting & state.directions.keys() if not due(clock, places[name], periods[name])}
+        # one that was kept to measure along it is too rough to step along
+        old = {name for name in old if state.directions[name].dtype == working_dtype(gradients[name].dtype)}
+        sources = {name: state.lead.get(name, gradients[name]) for name in gradients if name not in old}
+        sources = {name: source.to(working_dtype(gradients[name].dtype)) for name, source in sources.items()}
+        if self.skips:
+            known = {name: source for name, source in sources.items() if name in state.lead}
+            started = exchange.nonzero(known)
+            sources |= {name: begun(x, gradients[name], started[name]) for name, x in known.items()}
+        fresh = exchange.directions(self.norms, sources, half=self._half(sources, device))
+        kept = {n: u.dense().to(self.kept_dtype(u.base.dtype, periods[n])) for n, u in fresh.items() if n in held}
+        kept |= {name: state.directions[name] for name in old}
+        # what is kept for a parameter without a gradient this time stays
+        kept = {name: value for name, value in state.directions.items() if name not in kept} | kept
+        one = torch.ones((), device=device)
+        found = {name: Direction(kept[name], one.to(kept[name])) if name in old else fresh[name] for name in gradients}
+        if self.momentum is not None:
+            found = exchange.seen(found, gradients)
+        return found, kept
+
+    def _looked_back(
+        self, gradients: Mapping[str, Tensor], state: State, exchange: Exchange
+    ) -> tuple[State, dict[str, Scalar]]:
+        """The state with the curvature along the last step counted in, and ⟨g, u⟩ of each gradient with the direction of that step."""
+        if not self.measures or not state.directions:
+            return state, {}
+        one, zero = torch.ones_like(state.t), torch.zeros_like(state.t)
+        left = {n: Direction(u, one).pair(gradients[n]) for n, u in state.directions.items() if n in gradients}
+        pairs = exchange.total(torch.stack([left.get(name, zero) for name in self.atoms]))
+        reach = state.sizes * self._plan(state.t.device).masses
+        fallen = looked_back(state, pairs, reach * state.portions) if self.curvature == "measured" else {}
+        used = weighed(state, pairs, reach) if self.balance == "measured" else {}
+        return state._replace(**fallen, **used), left
+
+    def _half(self, sources: Mapping[str, Tensor], device: torch.device) -> bool:
+        """Whether polar factors are iterated in bfloat16; "auto": where that is what an accelerator is fast at."""
+        if self.precision != "auto":
+            return self.precision == "half"
+        return device.type == "cuda" and all(source.dtype != torch.float64 for source in sources.values())
+
+
+def unless(finite: Bool[Tensor, ""] | None, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The new tensors where ``finite``, or where that has been looked at (None); otherwise the old ones, or 0 without."""
+    if finite is None:
+        return dict(new)
+    before = {n: old[n].to(x.dtype) if n in old else torch.zeros_like(x) for n, x in new.items() if x is not old.get(n)}
+    return {n: torch.where(finite, x, before[n]) if n in before else x for n, x in new.items()}
