@@ -35,6 +35,7 @@ def agd(
     curvature: Literal["auto", "measured", "declared"] = "auto",
     balance: Literal["auto", "measured", "declared"] = "auto",
     step_average: float | Literal["auto"] | None = "auto",
+    rows: Literal["auto", "measured", "declared"] = "auto",
 ) -> Method:
     """A method without a learning rate, derived from what the network and the loss declare.
 
@@ -70,6 +71,9 @@ def agd(
             closed form, whose growth portions would change.
         step_average: ρ ≥ 0: a step is the mean of those that the majorants of about the last 1/(ρ + 1) of the run asked for
             (``step_average.py``); None takes the newest majorant's alone. "auto" is 1 where there is momentum, and None elsewhere.
+        rows: of embeddings, and of matrices into logits: "measured", each row goes by the share of signal in its past gradients, and rows
+            into logits sqrt(i) times as far as a unit step (``row_signal.py``), or "declared", all at full length. "auto" is measured
+            where there is momentum.
 
     Raises:
         InvalidArgument: an option is unknown, or contradicts the search.
@@ -99,6 +103,7 @@ def agd(
         ("precision", precision, ("auto", "full", "half")),
         ("curvature", curvature, ("auto", "measured", "declared")),
         ("balance", balance, ("auto", "measured", "declared")),
+        ("rows", rows, ("auto", "measured", "declared")),
     ):
         if value not in allowed:
             raise InvalidArgument(f"agd was given {what}={value!r}; choose one of {allowed}")
@@ -136,13 +141,15 @@ def agd(
             "a certified search was combined with decay, which raises the loss where it pulls against the gradient. "
             "Leave decay out."
         )
-    for what, value in (("curvature", curvature), ("balance", balance)):
+    for what, value in (("curvature", curvature), ("balance", balance), ("rows", rows)):
         if value == "measured" and momentum is None:
             raise InvalidArgument(
                 f"agd was given a measured {what} without momentum, where no gradient is fresh to the directions. Leave {what} out."
             )
     if curvature == "auto":
         curvature = "declared" if momentum is None else "measured"
+    if rows == "auto":
+        rows = "declared" if momentum is None else "measured"
     fixed = sizes == "tracked" or isinstance(search, ClosedForm)
     if balance == "auto":
         balance = "declared" if network.captured or fixed else curvature
@@ -192,6 +199,7 @@ def agd(
         curvature,
         balance,
         None if step_average is None else float(step_average),
+        rows,
     )
     method._conversion()
     search.check(network.bound(0.0, magnitude=magnitude, constants=constants))

@@ -21,7 +21,7 @@ from modula_agd.exchange import Exchange
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence, Majorant, Search
 from modula_agd.network import Network
-from modula_agd.norm import Norm
+from modula_agd.norm import Norm, RowNorm
 from modula_agd.run import Constants, Weighted
 from modula_agd.space import Space, brief
 from modula_agd.state import Scalar, State
@@ -37,6 +37,7 @@ class Plan(NamedTuple):
         masses: m_k.
         periods: steps that a direction of each parameter serves.
         depths: m_k·d_k, each parameter's part of the depth at declared sizes; empty where nobody asks.
+        strides: unit steps that each parameter's typical input bears.
     """
 
     points: Float[Tensor, " points"]
@@ -45,6 +46,7 @@ class Plan(NamedTuple):
     masses: Float[Tensor, " parameters"]
     periods: dict[str, int]
     depths: Float[Tensor, " parameters"]
+    strides: Float[Tensor, " parameters"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Derivation:
     curvature: Literal["measured", "declared"] = "declared"
     balance: Literal["measured", "declared"] = "declared"
     step_average: float | None = None
+    rows: Literal["measured", "declared"] = "declared"
     _plans: dict[torch.device, Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -87,6 +90,22 @@ class Derivation:
             name: atom.norm if self.direction == "spectral" else atom.norm.euclidean
             for name, atom in self.atoms.items()
         }
+
+    @cached_property
+    def strides(self) -> dict[str, float]:
+        """How many times as far as a unit step each parameter goes: 1, but of rows that go by their signal, at typical constants."""
+        typical = self.constants == "typical" and self.sizes == "prescribed"
+        return {name: norm.stride if typical and name in self.row_places else 1.0 for name, norm in self.norms.items()}
+
+    @cached_property
+    def row_places(self) -> dict[str, slice]:
+        """Where in the state's ``powers`` the rows of each weight lie whose rows go by their signal."""
+        places, start = {}, 0
+        for name, atom in self.atoms.items():
+            if self.rows == "measured" and isinstance(self.norms[name], RowNorm) and atom.mass > 0:
+                places[name] = slice(start, start + atom.shape[0])
+                start += atom.shape[0]
+        return places
 
     @property
     def skips(self) -> bool:
@@ -133,7 +152,8 @@ class Derivation:
                 "orthogonality: the model's curvature is not correlated with the loss gradient (AGD paper, Assumption 1)"
             )
         if self.sizes == "prescribed":
-            how = f"which decay sees to while steps are below {1 / self.decay:g} of a weight" if self.decay >= 1 else ""
+            sees = self.decay >= max(self.strides.values(), default=1.0)
+            how = f"which decay sees to while steps are below {1 / self.decay:g} of a weight" if sees else ""
             what = "prescribed sizes: weight norms stay at most at their declared values"
             bound = bound.assuming(", ".join(filter(None, (what, how))))
         if self.curvature == "measured":
@@ -141,6 +161,10 @@ class Derivation:
         if self.balance == "measured":
             bound = bound.assuming(
                 "measured balance: the growth is that of equal steps to first order, and taken to be so beyond"
+            )
+        if any(stride != 1 for stride in self.strides.values()):
+            bound = bound.assuming(
+                "incoherent rows: features are as little aligned with the rows of logits as in the mean"
             )
         if self.step_average is not None:
             bound = bound.assuming("averaged steps: the loss bears the mean of the steps that past majorants asked for")
@@ -174,7 +198,10 @@ class Derivation:
             refresh = self.refresh if self.refresh is not None or device.type == "cpu" else 1
             periods = {name: period(self.norms[name], atom.shape, refresh) for name, atom in self.atoms.items()}
             depths = masses.new_tensor(list(self._depths({}).values()) if self.balance == "measured" else [])
-            self._plans[device] = Plan(*self._evaluate({}, self.magnitude, device), sizes, masses, periods, depths)
+            strides = masses.new_tensor(list(self.strides.values()))
+            self._plans[device] = Plan(
+                *self._evaluate({}, self.magnitude, device), sizes, masses, periods, depths, strides
+            )
         return self._plans[device]
 
     def _evaluate(self, sizes: Mapping[str, Number], magnitude: Number, device: torch.device) -> tuple[Tensor, Bound]:

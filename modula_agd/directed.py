@@ -15,6 +15,7 @@ from modula_agd.exchange import Exchange
 from modula_agd.held_out import begun, lead, renewed, short_dtype
 from modula_agd.norm import Direction
 from modula_agd.polar import working_dtype
+from modula_agd.row_signal import power_renewed, signal
 from modula_agd.state import Scalar, State
 
 
@@ -86,6 +87,9 @@ class Directed(Derivation):
             started = exchange.nonzero(known)
             sources |= {name: begun(x, gradients[name], started[name]) for name, x in known.items()}
         fresh = exchange.directions(self.norms, sources, half=self._half(sources, device))
+        fresh |= self._by_signal(
+            {n: u for n, u in fresh.items() if n in self.row_places and n in state.momentum}, state, exchange
+        )
         kept = {n: u.dense().to(self.kept_dtype(u.base.dtype, periods[n])) for n, u in fresh.items() if n in held}
         kept |= {name: state.directions[name] for name in old}
         # what is kept for a parameter without a gradient this time stays
@@ -95,6 +99,31 @@ class Directed(Derivation):
         if self.momentum is not None:
             found = exchange.seen(found, gradients)
         return found, kept
+
+    def _by_signal(self, found: Mapping[str, Direction], state: State, exchange: Exchange) -> dict[str, Direction]:
+        """The directions with each row as long as it was signal."""
+        means = exchange.row_squares({name: state.momentum[name] for name in found})
+        heard = dict(zip(self.atoms, state.heard.unbind(), strict=True))
+        scaled = {}
+        for name, (base, factor) in found.items():
+            share = signal(means[name], state.powers[self.row_places[name]], self.momentum or 0.0, heard[name])
+            held = exchange.held_rows(name, share).to(factor.dtype)
+            scaled[name] = Direction(base, factor * held.reshape(-1, *[1] * (base.ndim - 1)))
+        return scaled
+
+    def _powers(
+        self, gradients: Mapping[str, Tensor], state: State, finite: Bool[Tensor, ""], exchange: Exchange
+    ) -> dict[str, Tensor]:
+        """The state's ``powers`` and ``heard`` with fresh gradients counted in, unless the step is left out."""
+        # nothing is uploaded, which a graph could not hold
+        more = finite.to(state.heard.dtype)
+        more = torch.stack([more if name in gradients else torch.zeros_like(more) for name in self.atoms])
+        squares = exchange.row_squares({name: gradients[name] for name in self.row_places if name in gradients})
+        renewed = [
+            power_renewed(state.powers[place], squares[name], finite) if name in squares else state.powers[place]
+            for name, place in self.row_places.items()
+        ]
+        return {"powers": torch.cat(renewed) if renewed else state.powers, "heard": state.heard + more}
 
     def _looked_back(
         self, gradients: Mapping[str, Tensor], state: State, exchange: Exchange
@@ -107,7 +136,8 @@ class Directed(Derivation):
         pairs = exchange.total(torch.stack([left.get(name, zero) for name in self.atoms]))
         reach = state.sizes * self._plan(state.t.device).masses
         fallen = looked_back(state, pairs, reach * state.portions) if self.curvature == "measured" else {}
-        used = weighed(state, pairs, reach) if self.balance == "measured" else {}
+        strides = self._plan(state.t.device).strides
+        used = weighed(state, pairs, reach, strides) if self.balance == "measured" else {}
         return state._replace(**fallen, **used), left
 
     def _half(self, sources: Mapping[str, Tensor], device: torch.device) -> bool:

@@ -81,6 +81,14 @@ class ManyRanks(Exchange):
             masked[name] = Direction(base, factor * (count.reshape(factor.shape) > 0))
         return masked
 
+    def row_squares(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = super().row_squares(tensors)
+        spread = {name: (x, (0,)) for name, x in found.items() if not self.layouts[name].replicated}
+        return found | {name: whole for name, (whole, _) in self._summed(spread, dist.ReduceOp.SUM).items()}
+
+    def held_rows(self, name: str, rows: Tensor) -> Tensor:
+        return rows[self._box(name).slices[0]]
+
     def total(self, parts: Tensor) -> Tensor:
         if not self._spread:
             return parts
@@ -161,6 +169,15 @@ class ManyRanks(Exchange):
             parts: by name, what this rank found for its part of each block, and the dimensions that count blocks.
             op: SUM, or MAX of numbers ≥ 0.
         """
+        return {
+            name: whole[places].reshape(parts[name][0].shape)
+            for name, (whole, places) in self._summed(parts, op).items()
+        }
+
+    def _summed(
+        self, parts: Mapping[str, tuple[Tensor, tuple[int, ...]]], op: Any
+    ) -> dict[str, tuple[Tensor, tuple[slice, ...]]]:
+        """What ``_reduced`` finds of all blocks of each, and which of them this rank holds parts of."""
         if not parts:
             return {}
         flat, places = [], {}
@@ -178,8 +195,8 @@ class ManyRanks(Exchange):
         dist.all_reduce(joined, op, group=self.group)
         split = joined.split([whole.numel() for whole in flat])
         return {
-            name: sums.view(whole.shape)[places[name]].reshape(part.shape).to(part.dtype)
-            for (name, (part, _)), sums, whole in zip(parts.items(), split, flat, strict=True)
+            name: (sums.view(whole.shape).to(whole.dtype), places[name])
+            for name, sums, whole in zip(parts, split, flat, strict=True)
         }
 
     # -- directions that take whole matrices -----------------------------------------------------------------------------

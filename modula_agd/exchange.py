@@ -1,8 +1,8 @@
 """What a step needs to know of other processes: here that there are none; ``distributed.py`` has the one for many.
 
 The engine computes with the tensors of its own process. In five places a step needs more than these: to make a direction of a
-matrix that is spread over processes, to tell which rows a gradient touches, to add up descents, to measure spread weights in
-their norms, and to agree on what each process knows of its own batch alone.
+matrix that is spread over processes, to tell which rows a gradient touches and how long they are, to add up descents, to measure
+spread weights in their norms, and to agree on what each process knows of its own batch alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ from torch import Tensor
 from modula_agd.directions import directions
 from modula_agd.majorisation import Evidence
 from modula_agd.norm import Direction, Norm
+from modula_agd.row_signal import row_squares
 
 
 class Exchange:
@@ -30,6 +31,14 @@ class Exchange:
     def seen(self, found: Mapping[str, Direction], gradients: Mapping[str, Tensor]) -> dict[str, Direction]:
         """The directions, but 0 in each row of which the gradient says nothing, where a direction is made row by row."""
         return {name: direction.where(gradients[name]) for name, direction in found.items()}
+
+    def row_squares(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sum of squares of each row of the whole of each tensor, [rows], in double precision."""
+        return {name: row_squares(tensor) for name, tensor in tensors.items()}
+
+    def held_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Of numbers of all rows of a weight those of the rows that this process holds of it."""
+        return rows
 
     def total(self, parts: Tensor) -> Tensor:
         """Of numbers in the order of the parameters, each a sum over what this process holds of one: the sums over all of it."""

@@ -40,7 +40,8 @@ class Share:
         signal: descent/dual; 1 is no noise. Without momentum the two are the same.
         gives: share of the descent, negative where it raises the loss; their absolute values add up to 1.
         costs: share of the growth to first order.
-        moved: ‖ΔW‖/ω along the direction, the relative step of this weight, the optimizer's multiplier counted in.
+        moved: ‖ΔW‖/ω along the direction, the relative step of this weight, the optimizer's multiplier counted in; of rows that go by
+            their signal, that of a row which is all signal.
         decayed: share of itself that the weight lost beside it, from 0 to 1.
         held_back_by: what bounds it, in words.
     """
@@ -182,7 +183,10 @@ def explain(
         signal = pair / dual if dual else 0.0
         length = portions[name] * mass * t if pair and finite else 0.0
         multiplier = (multipliers or {}).get(name, 1.0)
-        moved, decayed = multiplier * length, min(multiplier * min(method.decay * length, 1.0), 1.0)
+        moved, decayed = (
+            multiplier * method.strides[name] * length,
+            min(multiplier * min(method.decay * length, 1.0), 1.0),
+        )
         if made and finite:
             reason = _reason(mass, pair, signal, gives, costs, method.momentum is not None)
         else:
@@ -246,7 +250,7 @@ def scalars(method: Method, state: State, multipliers: Mapping[str, float | Tens
         "told": state.told,
     }
     for (name, mass), length in zip(method.masses.items(), moved.unbind(), strict=True):
-        numbers[f"step/{name}"] = mass * length * (multipliers or {}).get(name, 1.0)
+        numbers[f"step/{name}"] = method.strides[name] * mass * length * (multipliers or {}).get(name, 1.0)
     flat = torch.stack([value.to(state.t).reshape(()) for value in numbers.values()])
     found = dict(zip(numbers, flat.tolist(), strict=True))
     if not found.pop("told"):

@@ -44,7 +44,7 @@ class Move(NamedTuple):
     Args:
         directions: u_k of each parameter that moves.
         gradients: its gradient.
-        amounts: −t·p_k·m_k·ω_k of each parameter, 0-d.
+        amounts: −t·p_k·m_k·ω_k of each parameter, 0-d, times the stride of rows into logits.
         shrink: λ·p_k·m_k·t, the share of a weight that decays; empty without decay.
         finite: False where nothing may move; None where that has been looked at.
         state: the new state, but for momentum and lead.
@@ -111,8 +111,9 @@ class Method(Directed):
         numbers = {name: zero for name in State._fields if name not in WEIGHT_SIZED} | {
             "magnitude": zero + plan.bound.magnitude,
             "depth": zero + plan.bound.depth,
-            **dict.fromkeys(("descents", "gained", "used", "counted"), zero.expand(len(self.atoms))),
+            **dict.fromkeys(("descents", "gained", "used", "counted", "heard"), zero.expand(len(self.atoms))),
             **dict.fromkeys(("portions", "rates"), torch.ones_like(plan.sizes)),
+            "powers": zero.expand(sum(place.stop - place.start for place in self.row_places.values())),
             "sizes": plan.sizes,
             "steps": count,
             "skipped": count,
@@ -230,7 +231,8 @@ class Method(Directed):
         zero = torch.zeros((), device=device, dtype=precise(device))
         gradients = self._gradients(grads)
         # like the directions, of the past alone: what the fresh gradient measures must not depend on it
-        parts = portions(state, self._plan(device).depths) if self.balance == "measured" else state.portions
+        plan = self._plan(device)
+        parts = portions(state, plan.depths) if self.balance == "measured" else state.portions
         state, left = self._looked_back(gradients, state, exchange)
         directions, kept = self._directions(gradients, state, device, exchange)
         # a direction that serves on was measured already
@@ -240,7 +242,7 @@ class Method(Directed):
         shrinking = self._shrinking(gradients, params, device)
         pairs, shrinking = exchange.total(torch.stack((pairs, shrinking))).unbind()
 
-        sizes, plan = self._sizes(params, device, exchange), self._plan(device)
+        sizes = self._sizes(params, device, exchange)
         reach = sizes * plan.masses * parts
         descent = (reach * pairs).sum() + (parts * shrinking).sum()
         finite = descent.isfinite()
@@ -265,10 +267,11 @@ class Method(Directed):
             directions=unless(finite if masked else None, state.directions, kept),
             portions=parts,
             rates=torch.ones_like(parts),
+            **self._powers(gradients, state, finite, exchange),
             **numbers,
             **forecast(state, told),
         )
-        amounts = dict(zip(self.atoms, (-t * reach).unbind(), strict=True))
+        amounts = dict(zip(self.atoms, (-t * plan.strides * reach).unbind(), strict=True))
         # no weight passes through 0, and one with a zero gradient does not move at all
         moved = dict(zip(self.atoms, (pairs != 0).unbind(), strict=True))
         lengths = dict(zip(self.atoms, (t * plan.masses * parts).unbind(), strict=True))

@@ -123,6 +123,11 @@ class Norm(ABC):
         """The norm whose dual direction needs no polar factor: never smaller, so every majorisation stays valid."""
         return self
 
+    @property
+    def stride(self) -> float:
+        """How many unit steps move a typical (mean-field) input as far as one moves the input that the norm is attained at."""
+        return 1.0
+
 
 class BlockNorm(Norm):
     """max over blocks of factor·‖block‖₂; a subclass says what a block is."""
@@ -260,6 +265,11 @@ class RowNorm(BlockNorm):
 
     def factor(self, shape: torch.Size) -> float:
         return self.scale
+
+    @property
+    def stride(self) -> float:
+        """sqrt(i) of features that are incoherent with the rows; 1 of tokens, each of which is a row."""
+        return max(1.0, self.scale)
 
     def __str__(self) -> str:
         return f"RowNorm({self.scale:.4g})"

@@ -46,6 +46,9 @@ class State(NamedTuple):
         gained: mean of m_k·ω_k·⟨g_k, u_k⟩ of each parameter, times ``counted``; 0 where the balance is not measured, as are the next two.
         used: mean of what a step then used up of it, times ``counted``.
         counted: the sum of what these two weigh.
+        powers: mean of ‖g_r‖² of each row, times the sum of what it weighs; of the weights whose rows go by their signal, one after the
+            other.
+        heard: number of gradients of each parameter that momentum and ``powers`` are made of.
         momentum: m of each parameter that has had a gradient; empty without momentum.
         lead: l of the same, which the next direction is made of; bfloat16 but for double precision, or where full was asked for.
         directions: u of each parameter at the last step, kept where it serves further steps, or (as short as the lead) where
@@ -82,6 +85,8 @@ class State(NamedTuple):
     gained: Float[Tensor, " parameters"]
     used: Float[Tensor, " parameters"]
     counted: Float[Tensor, " parameters"]
+    powers: Float[Tensor, " rows"]
+    heard: Float[Tensor, " parameters"]
     momentum: dict[str, Tensor]
     lead: dict[str, Tensor]
     directions: dict[str, Tensor]
@@ -107,6 +112,8 @@ _NEVER_NEGATIVE = (
     "portions",
     "rates",
     "counted",
+    "powers",
+    "heard",
 )
 _FINITE = (*_NEVER_NEGATIVE, "smoothed", "predicted", "realised", "fallen", "gained", "used")
 

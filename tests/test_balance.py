@@ -108,7 +108,7 @@ def test_weights_that_do_not_touch_each_other_come_to_the_root_of_their_curvatur
     state, p = state_of(descents=ones, due=numbers(1.0).squeeze()), ones
     for _ in range(400):
         # the share 0.37 keeps slopes from being used up to exactly 0, which stands for no gradient
-        state = state._replace(**weighed(state, ones - 0.37 * c * p, ones))
+        state = state._replace(**weighed(state, ones - 0.37 * c * p, ones, ones))
         p = portions(state, ones)
     ratio = float((c[1] / c[0]).sqrt())
     assert float(p[0] / p[1]) == pytest.approx(ratio, rel=1e-2)
@@ -137,13 +137,13 @@ def test_nothing_is_learnt_where_there_is_nothing_to_measure() -> None:
         ({}, numbers(torch.nan, torch.inf)),
     ):
         state = state_of(**({"descents": ones, "due": numbers(1.0).squeeze()} | changes))
-        found = weighed(state, left, ones)
+        found = weighed(state, left, ones, ones)
         assert all(not value.any() for value in found.values())
 
 
 def test_a_weight_without_a_gradient_keeps_what_is_known_of_it() -> None:
     state = state_of(descents=numbers(1.0, 0.0), due=numbers(1.0).squeeze(), gained=numbers(0.0, 0.3))
-    found = weighed(state, numbers(0.5, 0.0), numbers(1.0, 1.0))
+    found = weighed(state, numbers(0.5, 0.0), numbers(1.0, 1.0), numbers(1.0, 1.0))
     assert found["gained"].tolist() == pytest.approx([1 - MEMORY, 0.3])
     assert found["counted"].tolist() == pytest.approx([1 - MEMORY, 0])
 
@@ -175,9 +175,18 @@ def test_steps_multipliers_and_decay_follow_the_portions() -> None:
     portion = dict(zip(network.weights(), optimizer.current.portions.tolist(), strict=True))
     assert max(portion.values()) > 1.01 * min(portion.values())
     for name, p in portion.items():
-        assert told[f"step/{name}"] == pytest.approx(p * told["t"])
-        assert shares[name].moved == pytest.approx(p * told["t"])
+        moved = optimizer.method.strides[name] * p * told["t"]
+        assert told[f"step/{name}"] == pytest.approx(moved)
+        assert shares[name].moved == pytest.approx(moved)
         assert shares[name].decayed == pytest.approx(0.5 * p * told["t"])
+
+
+def test_a_stride_is_not_undone() -> None:
+    """What a weight uses up that goes four unit steps counts per unit step, as if it had gone one."""
+    ones, left = numbers(1.0, 1.0), numbers(0.6, 0.9)
+    state = state_of(descents=ones, due=numbers(1.0).squeeze())
+    found = weighed(state, left, ones, numbers(4.0, 1.0))
+    assert found["used"].tolist() == pytest.approx([(1 - MEMORY) * 0.1, (1 - MEMORY) * 0.1])
 
 
 def test_a_groups_multiplier_is_not_undone() -> None:
