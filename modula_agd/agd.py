@@ -57,7 +57,8 @@ def agd(
             buffer of the weight's size. "auto" is 1 on an accelerator, in compiled code and for short sides below 128, and up to 8
             on a CPU; a number above 1 cuts the graph of compiled code.
         decay: λ ≥ 0, relative weight decay: a weight of norm ω loses λ·p·m·t of itself while it moves by p·m·t·ω, so that its norm
-            tends to at most size/λ. Counted in the growth, which the step is then shorter by.
+            tends to at most size/λ (times sqrt(i) of rows into logits, which go so much further). Counted in the growth, which the step
+            is then shorter by.
         relaxation: multiple > 0 of its minimiser that a majorant asks for. "auto" is, where curvature is measured,
             between 1 and 2, the longer the less steady the measured descents are (``held_out.py``), but 1 for a captured model,
             whose bound is as tight as it is uncertain; 1 elsewhere. Above 1 it is assumed, not derived, that the loss bears it.

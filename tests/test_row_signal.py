@@ -153,7 +153,10 @@ def test_rows_of_logits_go_as_far_as_incoherent_features_bear() -> None:
     assert method(sizes="tracked").strides == {"0.weight": 1.0, HEAD: 1.0}
     assert method(rows="declared").strides == {"0.weight": 1.0, HEAD: 1.0}
     assert agd(NET, CrossEntropy(), momentum=None).strides == {"0.weight": 1.0, HEAD: 1.0}
-    told = [any("incoherent rows" in a for a in made.certificate().assumptions) for made in (method(), method(rows="declared"))]
+    told = [
+        any("incoherent rows" in a for a in made.certificate().assumptions)
+        for made in (method(), method(rows="declared"))
+    ]
     assert told == [True, False]
 
 
