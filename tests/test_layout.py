@@ -20,7 +20,7 @@ PACKAGE = Path(modula_agd.__file__).parent
 ROWS = (
     ("error", "state"),
     ("device", "rescale"),
-    ("polar",),
+    ("polar", "row_signal"),
     ("norm", "held_out"),
     ("space", "kernel_norm"),
     ("bound", "torch_module"),
@@ -34,6 +34,7 @@ ROWS = (
     ("averaging", "balance", "compound", "curvature", "directions", "forecast", "majorisation", "shards"),
     ("convnet", "exchange", "inspection", "step_average", "transformer"),
     ("derivation", "distributed"),
+    ("directed",),
     ("method",),
     ("placement",),
     ("accumulation", "agd", "explanation", "holder", "memory"),

@@ -171,7 +171,7 @@ def _filled(example: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if tensors[path].shape != example.shape:
         raise CheckpointError(
             f"the checkpoint's {path} has shape {tuple(tensors[path].shape)}, where {tuple(example.shape)} was expected. It belongs to "
-            "another network; start from method.init."
+            "another network or method; start from method.init."
         )
     # where and in what precision the example is: a clock, say, is on the CPU wherever the rest may be
     return tensors[path].to(example)
