@@ -74,7 +74,7 @@ def agd(
             (``step_average.py``); None takes the newest majorant's alone. "auto" is 1 where there is momentum, and None elsewhere.
         rows: of embeddings, and of matrices into logits: "measured", each row goes by the share of signal in its past gradients, and rows
             into logits sqrt(i) times as far as a unit step (``row_signal.py``), or "declared", all at full length. "auto" is measured
-            where there is momentum.
+            where there is momentum, but for a captured model, whose bound has the alignment of its example.
 
     Raises:
         InvalidArgument: an option is unknown, or contradicts the search.
@@ -150,7 +150,7 @@ def agd(
     if curvature == "auto":
         curvature = "declared" if momentum is None else "measured"
     if rows == "auto":
-        rows = "declared" if momentum is None else "measured"
+        rows = "declared" if momentum is None or network.captured else "measured"
     fixed = sizes == "tracked" or isinstance(search, ClosedForm)
     if balance == "auto":
         balance = "declared" if network.captured or fixed else curvature

@@ -20,6 +20,7 @@ from modula_agd import (
     SquareLoss,
     agd,
     explain,
+    from_torch,
 )
 from modula_agd.norm import Direction
 from modula_agd.row_signal import MEMORY, power_renewed, row_squares, signal
@@ -214,3 +215,11 @@ def test_directions_row_by_row_keep_their_kind() -> None:
     found = NET.weights()[HEAD].norm.direction(gaussian(5, 4))
     assert isinstance(found, Direction)
     assert found.factor.shape == (5, 1)
+
+
+def test_a_captured_model_has_its_alignment_measured_and_moves_all_rows_alike() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+    network = from_torch(model, gaussian(8, 4, dtype=torch.float32), scores=True)
+    assert agd(network, CrossEntropy()).rows == "declared"
+    asked = agd(network, CrossEntropy(), rows="measured")
+    assert asked.strides == {"0.weight": 1.0, "0.bias": 1.0, "2.weight": math.sqrt(6), "2.bias": 1.0}
