@@ -102,10 +102,20 @@ class Derivation:
         """Where in the state's ``powers`` the rows of each weight lie whose rows go by their signal."""
         places, start = {}, 0
         for name, atom in self.atoms.items():
-            if self.rows == "measured" and isinstance(self.norms[name], RowNorm) and atom.mass > 0:
+            if (
+                self.rows == "measured"
+                and isinstance(self.norms[name], RowNorm)
+                and atom.mass > 0
+                and len(atom.shape) == 2
+            ):
                 places[name] = slice(start, start + atom.shape[0])
                 start += atom.shape[0]
         return places
+
+    @property
+    def row_count(self) -> int:
+        """The rows that go by their signal."""
+        return max((place.stop for place in self.row_places.values()), default=0)
 
     @property
     def skips(self) -> bool:

@@ -15,7 +15,8 @@ from modula_agd.exchange import Exchange
 from modula_agd.held_out import begun, lead, renewed, short_dtype
 from modula_agd.norm import Direction
 from modula_agd.polar import working_dtype
-from modula_agd.row_signal import power_renewed, signal
+from modula_agd.row_signal import MEMORY, signal
+from modula_agd.row_signal import renewed as renewed_rows
 from modula_agd.state import Scalar, State
 
 
@@ -102,28 +103,59 @@ class Directed(Derivation):
 
     def _by_signal(self, found: Mapping[str, Direction], state: State, exchange: Exchange) -> dict[str, Direction]:
         """The directions with each row as long as it was signal."""
-        means = exchange.row_squares({name: state.momentum[name] for name in found})
-        heard = dict(zip(self.atoms, state.heard.unbind(), strict=True))
+        shares = self.row_shares(state, exchange)
         scaled = {}
         for name, (base, factor) in found.items():
-            share = signal(means[name], state.powers[self.row_places[name]], self.momentum or 0.0, heard[name])
-            held = exchange.held_rows(name, share).to(factor.dtype)
-            scaled[name] = Direction(base, factor * held.reshape(-1, *[1] * (base.ndim - 1)))
+            held = exchange.held_rows(name, shares[name]).to(factor.dtype)
+            scaled[name] = Direction(base, factor * held[:, None])
         return scaled
 
-    def _powers(
-        self, gradients: Mapping[str, Tensor], state: State, finite: Bool[Tensor, ""], exchange: Exchange
+    def row_shares(self, state: State, exchange: Exchange) -> dict[str, Tensor]:
+        """c_r of the rows that go by their signal, of each weight that has had a gradient."""
+        means = exchange.row_squares({n: state.momentum[n] for n in self.row_places if n in state.momentum})
+        kept = {name: self.row_places[name] for name in means}
+        return {
+            name: signal(means[name], state.mean_weights[at], state.powers[at], state.power_weights[at])
+            for name, at in kept.items()
+        }
+
+    def _heard(
+        self,
+        gradients: Mapping[str, Tensor],
+        state: State,
+        finite: Bool[Tensor, ""],
+        part: float,
+        exchange: Exchange,
+        *,
+        absorbed: bool = False,
     ) -> dict[str, Tensor]:
-        """The state's ``powers`` and ``heard`` with fresh gradients counted in, unless the step is left out."""
-        # nothing is uploaded, which a graph could not hold
-        more = finite.to(state.heard.dtype)
-        more = torch.stack([more if name in gradients else torch.zeros_like(more) for name in self.atoms])
-        squares = exchange.row_squares({name: gradients[name] for name in self.row_places if name in gradients})
-        renewed = [
-            power_renewed(state.powers[place], squares[name], finite) if name in squares else state.powers[place]
-            for name, place in self.row_places.items()
-        ]
-        return {"powers": torch.cat(renewed) if renewed else state.powers, "heard": state.heard + more}
+        """The state's ``mean_weights`` with the gradients of a part of a step's samples counted in, and unless they are ``absorbed``, to
+        be followed by others of the step, its ``powers`` and ``power_weights`` too.
+        """
+        names = [name for name in self.row_places if name in gradients]
+        if not names:
+            return {}
+        squares = exchange.row_squares({name: gradients[name] for name in names})
+        means = {}
+        if part < 1 and not absorbed:
+            means = exchange.row_squares({name: state.momentum[name] for name in names if name in state.momentum})
+        told: dict[str, list[Tensor]] = {"mean_weights": [], "powers": [], "power_weights": []}
+        for name, at in self.row_places.items():
+            weight, power, count = state.mean_weights[at], state.powers[at], state.power_weights[at]
+            if name in squares:
+                square = squares[name]
+                heard = square > 0
+                if name in means:
+                    # a part of the samples has so much more noise than all of them
+                    mean = torch.where(weight > 0, means[name] / torch.where(weight > 0, weight.square(), 1.0), 0.0)
+                    square = (mean + part * (square - mean)).clamp(min=0.0)
+                if not absorbed:
+                    power = renewed_rows(power, square, 1 - MEMORY, heard, finite)
+                    count = renewed_rows(count, 1.0, 1 - MEMORY, heard, finite)
+                weight = renewed_rows(weight, 1.0, part * (1 - (self.momentum or 0.0)), heard, finite)
+            for what, value in (("mean_weights", weight), ("powers", power), ("power_weights", count)):
+                told[what].append(value)
+        return {what: torch.cat(values) for what, values in told.items()}
 
     def _looked_back(
         self, gradients: Mapping[str, Tensor], state: State, exchange: Exchange

@@ -34,8 +34,8 @@ class Share:
 
     Args:
         name: of the parameter.
-        dual: ‖m‖_dual of the mean of past gradients (of the gradient where there is no momentum): the descent that they promise. Of a
-            weight whose first gradient came late it is too small by what it missed.
+        dual: ‖m‖_dual of the mean of past gradients (of the gradient where there is no momentum): the descent that they promise, rows by
+            their signal where they go so. Of a weight whose first gradient came late it is too small by what it missed.
         descent: ⟨g, u⟩, what the fresh gradient measures along the direction.
         signal: descent/dual; 1 is no noise. Without momentum the two are the same.
         gives: share of the descent, negative where it raises the loss; their absolute values add up to 1.
@@ -176,6 +176,12 @@ def explain(
     # the mean of the gradients so far: before them there was nothing
     counted = 1 - (method.momentum or 0.0) ** max(int(state.steps - state.skipped), 1)
     duals = {name: float(dual) / counted for name, dual in found.items()}
+    # rows that go less far promise less
+    shares_of_rows = method.row_shares(state, exchange)
+    squares = exchange.row_squares({name: state.momentum[name] for name in shares_of_rows})
+    for name, share in shares_of_rows.items():
+        scale = method.norms[name].factor(method.atoms[name].shape) * counted  # pyright: ignore[reportAttributeAccessIssue]
+        duals[name] = float((share * squares[name].sqrt()).sum()) / scale
     for (name, mass), size, pair in zip(method.masses.items(), sizes, pairs, strict=True):
         dual = duals.get(name, float(pair))
         gives = mass * size * pair / total if total else 0.0

@@ -32,6 +32,7 @@ def check_update(
     params: Mapping[str, Tensor],
     evidence: Evidence | None,
     shapes: Mapping[str, tuple[int, ...]],
+    rows: int,
 ) -> None:
     """Raise ``InvalidArgument`` where something that an update takes is not what it should be, of the shapes that this process holds."""
     if not isinstance(grads, Mapping) or not isinstance(state, State):
@@ -53,6 +54,11 @@ def check_update(
             raise InvalidArgument(
                 f"update was given the state of another method: {odd}. Pass the state that init or the last update returned."
             )
+    if not state.powers.shape == state.power_weights.shape == state.mean_weights.shape == (rows,):
+        raise InvalidArgument(
+            f"update was given the state of another method: it tells the signal of {state.powers.numel()} rows, where this one asks for "
+            f"that of {rows}, by its network and its option rows. Pass the state that init or the last update returned."
+        )
     if state.momentum.keys() != state.lead.keys():
         raise InvalidArgument(
             "update was given a state whose lead is not of the parameters that its momentum is of, as one of an older version. Pass the "

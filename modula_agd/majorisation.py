@@ -88,8 +88,9 @@ class Majorant:
         (start, low), (stop, high) = ([x.gather(0, at[None])[0] for x in (self.t, taken)] for at in (left, left + 1))
         share = (t - start) / (stop - start)
         share = torch.where(left == 0, share * share, share)
-        # 0 times an overflow is NaN
-        return torch.where(share > 0, low + share * (high - low), low) - t * self.descent
+        # 0 times an overflow is NaN, as is the difference of two
+        between = torch.where((low.isinf() | high.isinf()) & (share > 0), torch.inf, low + share * (high - low))
+        return torch.where(share > 0, between, low) - t * self.descent
 
     def curved(self, factor: Scalar) -> "Majorant":
         """The same with a loss bound ``factor`` times as curved."""
@@ -131,7 +132,8 @@ def closed_form(gradient: Scalar, magnitude: Number, curvature: Number = 1.0, re
 class Search(ABC):
     """Chooses t, given the majorant.
 
-    One that reckons with another depth than the bound's, so that η is t times that, has a ``reckoned`` of its own.
+    One that reckons with another depth than the bound's, so that η is t times that, has a ``reckoned`` of its own; one that evaluates the
+    bound at a single point has a ``change`` of its own.
     """
 
     needs_evidence: ClassVar[bool] = False

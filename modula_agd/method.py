@@ -111,9 +111,9 @@ class Method(Directed):
         numbers = {name: zero for name in State._fields if name not in WEIGHT_SIZED} | {
             "magnitude": zero + plan.bound.magnitude,
             "depth": zero + plan.bound.depth,
-            **dict.fromkeys(("descents", "gained", "used", "counted", "heard"), zero.expand(len(self.atoms))),
+            **dict.fromkeys(("descents", "gained", "used", "counted"), zero.expand(len(self.atoms))),
             **dict.fromkeys(("portions", "rates"), torch.ones_like(plan.sizes)),
-            "powers": zero.expand(sum(place.stop - place.start for place in self.row_places.values())),
+            **dict.fromkeys(("powers", "power_weights", "mean_weights"), zero.expand(self.row_count)),
             "sizes": plan.sizes,
             "steps": count,
             "skipped": count,
@@ -156,7 +156,7 @@ class Method(Directed):
         """
         if not (finite_number(part) and 0 < part <= 1):
             raise InvalidArgument(f"update was given part={part!r}, which must be above 0 and at most 1")
-        move = self.decide(grads, state, params, evidence, value, exchange)
+        move = self.decide(grads, state, params, evidence, value, exchange, part)
         updates = {}
         for name, direction in move.directions.items():
             factor = move.factor(name, direction)
@@ -211,7 +211,8 @@ class Method(Directed):
         good = ends.isfinite().all() if masked else None
         past = self.counted(state, gradients, part, good, absorbed=True)
         # a direction kept from before would not have seen what was just absorbed
-        return self._looked_back(gradients, state, exchange)[0]._replace(**past, directions={})
+        heard = self._heard(gradients, state, ends.isfinite().all(), part, exchange, absorbed=True)
+        return self._looked_back(gradients, state, exchange)[0]._replace(**past, **heard, directions={})
 
     def decide(
         self,
@@ -221,6 +222,7 @@ class Method(Directed):
         evidence: Evidence | None = None,
         value: Tensor | float | None = None,
         exchange: Exchange = ALONE,
+        part: float = 1.0,
     ) -> Move:
         """What ``update`` does, before anything is multiplied out; its state still holds the old momentum and lead."""
         self._check_arguments(grads, state, params, evidence, exchange)
@@ -267,7 +269,7 @@ class Method(Directed):
             directions=unless(finite if masked else None, state.directions, kept),
             portions=parts,
             rates=torch.ones_like(parts),
-            **self._powers(gradients, state, finite, exchange),
+            **self._heard(gradients, state, finite, part, exchange),
             **numbers,
             **forecast(state, told),
         )
@@ -355,7 +357,7 @@ class Method(Directed):
         needs_evidence: bool = True,
     ) -> None:
         shapes = {name: exchange.shape(name, atom.shape) for name, atom in self.atoms.items()}
-        check_update(self.atoms, grads, state, params, evidence, shapes)
+        check_update(self.atoms, grads, state, params, evidence, shapes, self.row_count)
         if needs_evidence and self.needs_evidence and evidence is None:
             raise InvalidArgument(
                 "a certified update was asked for without evidence of R and the input magnitude. "

@@ -234,7 +234,7 @@ class AGD(Lending):
             grads = {name: None if gradient is None else -gradient for name, gradient in grads.items()}
             loss = None if loss is None else -loss
         grads, seen, part = self._micro.gathered(self.method, before, params, grads, self._exchange)
-        move = self.method.decide(grads, seen, params, evidence, loss, self._exchange)
+        move = self.method.decide(grads, seen, params, evidence, loss, self._exchange, part)
         allowed, multipliers = _allowed(move, rates), self._by_name(rates)
         for name in move.gradients:
             entry = self.state[whole[name]]
@@ -262,6 +262,8 @@ class AGD(Lending):
             # a step left out leaves out what was absorbed for it, and leaves the directions of before
             past["directions"] = move.state.directions
             past = {what: unless(move.finite, getattr(before, what), new) for what, new in past.items()}
+            weights = torch.where(move.finite, move.state.mean_weights, before.mean_weights)
+            move = move._replace(state=move.state._replace(mean_weights=weights))
         applied = self._applied(move, multipliers)
         due = move.state.due * self._reached(move, multipliers, applied)
         self.current = move.state._replace(**past, due=due, rates=applied)

@@ -46,9 +46,10 @@ class State(NamedTuple):
         gained: mean of m_k·ω_k·⟨g_k, u_k⟩ of each parameter, times ``counted``; 0 where the balance is not measured, as are the next two.
         used: mean of what a step then used up of it, times ``counted``.
         counted: the sum of what these two weigh.
-        powers: mean of ‖g_r‖² of each row, times the sum of what it weighs; of the weights whose rows go by their signal, one after the
-            other.
-        heard: number of gradients of each parameter that momentum and ``powers`` are made of.
+        powers: mean of ‖g_r‖² of each row, times ``power_weights``; of the weights whose rows go by their signal, one after the other,
+            as are the next two.
+        power_weights: the sum of what these weigh.
+        mean_weights: the sum of what the momentum's gradients weigh that said something of the row.
         momentum: m of each parameter that has had a gradient; empty without momentum.
         lead: l of the same, which the next direction is made of; bfloat16 but for double precision, or where full was asked for.
         directions: u of each parameter at the last step, kept where it serves further steps, or (as short as the lead) where
@@ -86,7 +87,8 @@ class State(NamedTuple):
     used: Float[Tensor, " parameters"]
     counted: Float[Tensor, " parameters"]
     powers: Float[Tensor, " rows"]
-    heard: Float[Tensor, " parameters"]
+    power_weights: Float[Tensor, " rows"]
+    mean_weights: Float[Tensor, " rows"]
     momentum: dict[str, Tensor]
     lead: dict[str, Tensor]
     directions: dict[str, Tensor]
@@ -113,7 +115,8 @@ _NEVER_NEGATIVE = (
     "rates",
     "counted",
     "powers",
-    "heard",
+    "power_weights",
+    "mean_weights",
 )
 _FINITE = (*_NEVER_NEGATIVE, "smoothed", "predicted", "realised", "fallen", "gained", "used")
 

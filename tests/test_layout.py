@@ -20,8 +20,8 @@ PACKAGE = Path(modula_agd.__file__).parent
 ROWS = (
     ("error", "state"),
     ("device", "rescale"),
-    ("polar", "row_signal"),
-    ("norm", "held_out"),
+    ("polar",),
+    ("norm", "held_out", "row_signal"),
     ("space", "kernel_norm"),
     ("bound", "torch_module"),
     ("summary",),

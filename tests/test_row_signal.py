@@ -14,7 +14,6 @@ from modula_agd import (
     InvalidArgument,
     Linear,
     Logits,
-    Mean,
     Method,
     ReLU,
     SquareLoss,
@@ -22,8 +21,9 @@ from modula_agd import (
     explain,
     from_torch,
 )
+from modula_agd.exchange import ALONE
 from modula_agd.norm import Direction
-from modula_agd.row_signal import MEMORY, power_renewed, row_squares, signal
+from modula_agd.row_signal import MEMORY, renewed, row_squares, signal
 from support import gaussian
 
 BETA = 0.9
@@ -71,52 +71,81 @@ def test_each_row_goes_by_the_signal_of_its_past_gradients() -> None:
     assert expected[-1] < 0.8 < expected[1]
 
 
+def shares(gradients: torch.Tensor, beta: float) -> list[torch.Tensor]:
+    """c of each row before each of the gradients, [gradients, rows, cols]."""
+    rows = gradients.shape[1]
+    mean = torch.zeros(gradients.shape[1:], dtype=torch.float64)
+    weight, power, count, found = *torch.zeros(3, rows, dtype=torch.float64).unbind(), []
+    for gradient in gradients:
+        found.append(signal(row_squares(mean), weight, power, count))
+        squares, fine = row_squares(gradient), torch.tensor(True)
+        mean = beta * mean + (1 - beta) * gradient
+        weight = renewed(weight, 1.0, 1 - beta, squares > 0, fine)
+        power = renewed(power, squares, 1 - MEMORY, squares > 0, fine)
+        count = renewed(count, 1.0, 1 - MEMORY, squares > 0, fine)
+    return [*found, signal(row_squares(mean), weight, power, count)]
+
+
 @given(
     st.lists(st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=3), min_size=1, max_size=30),
     st.sampled_from([0.0, 0.5, 0.95]),
 )
 def test_no_row_goes_further_than_its_unit(gradients: list[list[float]], beta: float) -> None:
     """So that a direction stays of unit norm, whatever came before."""
-    mean, power = torch.zeros(1, 3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    for n, values in enumerate(gradients):
-        share = signal(row_squares(mean), power, beta, torch.tensor(float(n), dtype=torch.float64))
+    for share in shares(torch.tensor(gradients, dtype=torch.float64)[:, None], beta):
         assert 0 <= float(share) <= 1
-        gradient = torch.tensor([values], dtype=torch.float64)
-        mean = beta * mean + (1 - beta) * gradient
-        power = power_renewed(power, row_squares(gradient), torch.tensor(True))
 
 
-@pytest.mark.parametrize(("noise", "low", "high"), [(0.0, 1.0, 1.0), (1.0, 0.1, 0.25)])
-def test_rows_of_signal_go_all_the_way_and_rows_of_noise_a_sixth(noise: float, low: float, high: float) -> None:
-    beta, n = 0.95, 400
-    gradients = torch.where(torch.tensor(noise > 0), gaussian(n, 200, 30), torch.ones(n, 200, 30))
-    mean, power = torch.zeros(200, 30, dtype=torch.float64), torch.zeros(200, dtype=torch.float64)
-    for gradient in gradients:
-        mean = beta * mean + (1 - beta) * gradient
-        power = power_renewed(power, row_squares(gradient), torch.tensor(True))
-    share = signal(row_squares(mean), power, beta, torch.tensor(float(n), dtype=torch.float64))
-    assert low - 1e-9 <= float(share.mean()) <= high + 1e-9
-    if noise:
-        assert float(share.square().mean().sqrt()) == pytest.approx(math.sqrt((1 - beta) / (1 + beta)), rel=0.05)
+def test_rows_of_signal_go_all_the_way_and_rows_of_noise_a_sixth() -> None:
+    beta = 0.95
+    assert torch.stack(shares(torch.ones(100, 4, 3, dtype=torch.float64), beta)).min() > 1 - 1e-9
+    noise = shares(gaussian(400, 200, 30), beta)[-1]
+    assert float(noise.square().mean().sqrt()) == pytest.approx(math.sqrt((1 - beta) / (1 + beta)), rel=0.05)
 
 
-def test_a_row_that_is_not_touched_goes_less_far_when_it_is_touched_again() -> None:
-    net = Linear(2, 4) @ Mean() @ Embedding(4, 6)
+@pytest.mark.parametrize("period", [1, 7, 100, 3000])
+def test_a_row_of_signal_goes_all_the_way_however_seldom_it_is_touched(period: int) -> None:
+    gradients = torch.zeros(3 * period + 1, 2, 3, dtype=torch.float64)
+    gradients[::period, 0], gradients[:, 1] = 2.0, 1.0
+    assert torch.stack(shares(gradients, 0.95)).min() > 1 - 1e-9
+
+
+def test_a_row_that_is_touched_again_after_a_hundred_steps_moves_at_full_length() -> None:
+    net = Embedding(4, 6)
     made = agd(net, SquareLoss(), **OPTIONS)  # type: ignore[arg-type]
-    params = net.init(0, dtype=torch.float64)
-    state, lengths = made.init(params), []
-    name = next(iter(net.weights()))
-    for step in range(40):
-        grads = {n: torch.ones_like(p) for n, p in params.items()}
-        if 10 <= step < 30:
+    (name,), params = net.weights(), net.init(0, dtype=torch.float64)
+    state = made.init(params)
+    for step in range(202):
+        grads = {name: torch.ones_like(params[name])}
+        if step % 100:
             grads[name][2:] = 0
         updates, state = made.update(grads, state, params)
-        lengths.append(updates[name].norm(dim=1) / float(state.t))
-    # at step 20 only what is touched moves; at step 30 the others are back, but far from full length
-    assert lengths[20][0] > 0
-    assert (lengths[20][2:] == 0).all()
-    assert (lengths[30][2:] < 0.2 * lengths[30][0]).all()
-    assert (lengths[39][2:] > 2 * lengths[30][2:]).all()
+        lengths = updates[name].norm(dim=1) / 2 / float(state.t)
+        assert lengths[:2].tolist() == pytest.approx([1, 1])
+        # a row moves where its gradient says something, and nowhere else
+        assert lengths[2:].tolist() == pytest.approx([0 if step % 100 else 1] * 4)
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.3])
+def test_micro_batches_make_rows_as_long_as_one_batch_of_their_samples(drift: float) -> None:
+    made, lengths = method(momentum=0.95), {}
+    params = NET.init(0, dtype=torch.float64)
+    for parts in (1, 2):
+        state, told = made.init(params), []
+        for step in range(400):
+            halves = [
+                {n: drift + gaussian(*p.shape, seed=8 * step + 4 * half + i) for i, (n, p) in enumerate(params.items())}
+                for half in (0, 1)
+            ]
+            if parts == 2:
+                state = made.absorb(halves[0], state, params, 0.5)
+                grads = halves[1]
+            else:
+                grads = {n: (halves[0][n] + halves[1][n]) / 2 for n in params}
+            _, state = made.update(grads, state, params, part=1 / parts)
+            told.append(made.row_shares(state, ALONE)[HEAD])
+        lengths[parts] = float(torch.stack(told[100:]).mean())
+    assert lengths[2] == pytest.approx(lengths[1], rel=0.05)
 
 
 def test_the_fresh_gradient_does_not_make_its_own_direction() -> None:
@@ -138,13 +167,28 @@ def test_what_is_left_out_is_not_heard() -> None:
         _, state = made.update(noisy(step), state, params)
     bad = {name: torch.full_like(g, torch.nan) for name, g in noisy(3).items()}
     _, after = made.update(bad, state, params)
-    assert torch.equal(after.powers, state.powers)
-    assert torch.equal(after.heard, state.heard)
+    rows = ("powers", "power_weights", "mean_weights")
+    assert all(torch.equal(getattr(after, what), getattr(state, what)) for what in rows)
     assert after.skipped == 1
-    # a weight without a gradient is not heard either, the others are
+    # nor is a weight without a gradient
     _, after = made.update({**noisy(4), HEAD: None}, state, params)
-    assert torch.equal(after.powers, state.powers)
-    assert (after.heard - state.heard).tolist() == [float(name != HEAD) for name in NET.weights()]
+    assert all(torch.equal(getattr(after, what), getattr(state, what)) for what in rows)
+    # and of a row that is not touched the past counts less, but is not forgotten
+    touched = noisy(4)
+    touched[HEAD][1] = 0
+    _, after = made.update(touched, state, params)
+    assert float(after.powers[1] / after.power_weights[1]) == pytest.approx(
+        float(state.powers[1] / state.power_weights[1])
+    )
+    assert float(after.mean_weights[1]) == pytest.approx(BETA * float(state.mean_weights[1]))
+
+
+def test_a_state_of_declared_rows_is_refused_with_the_reason() -> None:
+    plain, measured = method(rows="declared"), method()
+    params = NET.init(0, dtype=torch.float64)
+    for one, other in ((plain, measured), (measured, plain)):
+        with pytest.raises(InvalidArgument, match=r"signal of .* rows"):
+            one.update(noisy(0), other.init(params), params)
 
 
 def test_rows_of_logits_go_as_far_as_incoherent_features_bear() -> None:
