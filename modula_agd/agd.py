@@ -72,9 +72,9 @@ def agd(
             closed form, whose growth portions would change.
         step_average: ρ ≥ 0: a step is the mean of those that the majorants of about the last 1/(ρ + 1) of the run asked for
             (``step_average.py``); None takes the newest majorant's alone. "auto" is 1 where there is momentum, and None elsewhere.
-        rows: of embeddings, and of matrices into logits: "measured", each row goes by the share of signal in its past gradients, and rows
-            into logits sqrt(i) times as far as a unit step (``row_signal.py``), or "declared", all at full length. "auto" is measured
-            where there is momentum, but for a captured model, whose bound has the alignment of its example.
+        rows: of embeddings, positions and matrices into logits: "measured", each row goes by the share of signal in its past gradients,
+            and rows into logits sqrt(i) times as far as a unit step (``row_signal.py``), or "declared", all at full length. "auto" is
+            measured where there is momentum, but for a captured model, whose bound has the alignment of its example.
 
     Raises:
         InvalidArgument: an option is unknown, or contradicts the search.

@@ -4,7 +4,7 @@ It knows no layer and no loss by name. One update:
 
 1. each atom's norm turns its gradient g_k into a unit dual direction u_k, and ⟨g_k, u_k⟩ is its share of the descent;
 2. the search minimises the majorant (``majorisation.py``), which gives one number t;
-3. each weight moves by −t·p_k·m_k·ω_k·u_k.
+3. each weight moves by −t·p_k·m_k·ω_k·u_k, rows into logits sqrt(i) times as far (``row_signal.py``).
 
 Directions are made and kept in ``directed.py``. On minibatches direction and descent are told apart (``held_out.py``), the bound is
 as curved as past steps found the loss (``curvature.py``), t is the mean of what majorants asked for (``step_average.py``), and the

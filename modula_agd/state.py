@@ -139,10 +139,16 @@ def complaint(found: Mapping[str, object], like: State) -> str | None:
             return f"its {name} is of {value.dtype}, where {here.dtype} belongs"
         # of the others, a skipped step may rightly have left NaN
         if name in _FINITE and not bool(value.isfinite().all()):
-            return f"its {name} is {value.tolist()}"
+            return f"its {name} is {_told(value)}"
         if name in _NEVER_NEGATIVE and bool((value < 0).any()):
-            return f"its {name} is {value.tolist()}, which is never negative"
+            return f"its {name} is {_told(value)}, which is never negative"
     return None
+
+
+def _told(value: Tensor) -> str:
+    """The numbers, or the first of many."""
+    numbers = value.flatten().tolist()
+    return str(value.tolist()) if len(numbers) <= 32 else f"{numbers[:8]} and {len(numbers) - 8} more"
 
 
 def odd_tensors(what: str, tensors: object, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
