@@ -151,8 +151,8 @@ class Directed(Derivation):
                     square = (mean + part * (square - mean)).clamp(min=0.0)
                 if not absorbed:
                     power = renewed_rows(power, square, 1 - MEMORY, heard, finite)
-                    count = renewed_rows(count, 1.0, 1 - MEMORY, heard, finite)
-                weight = renewed_rows(weight, 1.0, part * (1 - (self.momentum or 0.0)), heard, finite)
+                    count = renewed_rows(count, None, 1 - MEMORY, heard, finite)
+                weight = renewed_rows(weight, None, part * (1 - (self.momentum or 0.0)), heard, finite)
             for what, value in (("mean_weights", weight), ("powers", power), ("power_weights", count)):
                 told[what].append(value)
         return {what: torch.cat(values) for what, values in told.items()}

@@ -56,16 +56,16 @@ def signal(mean: Rows, mean_weight: Rows, power: Rows, power_weight: Rows) -> Ro
 
 
 def renewed(
-    before: Rows, fresh: Rows | float, share: float, heard: Bool[Tensor, " rows"], finite: Bool[Tensor, ""]
+    before: Rows, fresh: Rows | None, share: float, heard: Bool[Tensor, " rows"], finite: Bool[Tensor, ""]
 ) -> Rows:
-    """A mean times what it weighs, with the fresh value counted in, or what it weighs, with 1 for the fresh value.
+    """A mean times what it weighs, with the fresh value counted in; or what it weighs. Nothing is uploaded, which a graph could not hold.
 
     Args:
         before: before.
-        fresh: of this gradient.
+        fresh: of this gradient; None for what it weighs, which is 1.
         share: what it counts for.
         heard: where False, of a row of which the gradient says nothing, only the past counts less.
         finite: where False, of a step left out, all stays.
     """
-    value = torch.where(heard, torch.as_tensor(fresh, dtype=before.dtype, device=before.device), 0.0)
+    value = heard.to(before.dtype) if fresh is None else torch.where(heard, fresh, 0.0)
     return torch.where(finite & value.isfinite(), before.lerp(value, share), before)

@@ -80,9 +80,9 @@ def shares(gradients: torch.Tensor, beta: float) -> list[torch.Tensor]:
         found.append(signal(row_squares(mean), weight, power, count))
         squares, fine = row_squares(gradient), torch.tensor(True)
         mean = beta * mean + (1 - beta) * gradient
-        weight = renewed(weight, 1.0, 1 - beta, squares > 0, fine)
+        weight = renewed(weight, None, 1 - beta, squares > 0, fine)
         power = renewed(power, squares, 1 - MEMORY, squares > 0, fine)
-        count = renewed(count, 1.0, 1 - MEMORY, squares > 0, fine)
+        count = renewed(count, None, 1 - MEMORY, squares > 0, fine)
     return [*found, signal(row_squares(mean), weight, power, count)]
 
 

@@ -27,6 +27,7 @@ OPTIONS = {
     "relaxation 2": {"relaxation": 2.0},
     "newest step": {"step_average": None},
     "steps of the last fifth": {"step_average": 4.0},
+    "rows at full length": {"rows": "declared"},
     "refresh 1": {"refresh": 1},
     "refresh 8": {"refresh": 8},
     "decay 0.1": {"decay": 0.1},
