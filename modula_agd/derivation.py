@@ -115,7 +115,7 @@ class Derivation:
     @property
     def row_count(self) -> int:
         """The rows that go by their signal."""
-        return max((place.stop for place in self.row_places.values()), default=0)
+        return sum(place.stop - place.start for place in self.row_places.values())
 
     @property
     def skips(self) -> bool:
