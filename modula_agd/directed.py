@@ -15,8 +15,7 @@ from modula_agd.exchange import Exchange
 from modula_agd.held_out import begun, lead, renewed, short_dtype
 from modula_agd.norm import Direction
 from modula_agd.polar import working_dtype
-from modula_agd.row_signal import MEMORY, signal
-from modula_agd.row_signal import renewed as renewed_rows
+from modula_agd.row_signal import Rows, in_momentum, in_powers, signal
 from modula_agd.state import Scalar, State
 
 
@@ -70,9 +69,9 @@ class Directed(Derivation):
         return {name: gradient.detach() for name, gradient in found.items() if gradient is not None}
 
     def _directions(
-        self, gradients: Mapping[str, Tensor], state: State, device: torch.device, exchange: Exchange
+        self, gradients: Mapping[str, Tensor], state: State, means: Rows, device: torch.device, exchange: Exchange
     ) -> tuple[dict[str, Direction], dict[str, Tensor]]:
-        """u of each parameter, and those that shall serve further steps."""
+        """u of each parameter, rows by their signal, and those that shall serve further steps."""
         periods = self._serving(device)
         places = {name: index for index, name in enumerate(self.atoms)}
         lasting = {name for name in gradients if periods[name] > 1}
@@ -88,9 +87,13 @@ class Directed(Derivation):
             started = exchange.nonzero(known)
             sources |= {name: begun(x, gradients[name], started[name]) for name, x in known.items()}
         fresh = exchange.directions(self.norms, sources, half=self._half(sources, device))
-        fresh |= self._by_signal(
-            {n: u for n, u in fresh.items() if n in self.row_places and n in state.momentum}, state, exchange
-        )
+        shares = signal(state, means) if self.row_places else means
+        for name, place in self.row_places.items():
+            if name in fresh and name in state.momentum:
+                base, factor = fresh[name]
+                fresh[name] = Direction(
+                    base, factor * exchange.held_rows(name, shares[place]).to(factor.dtype)[:, None]
+                )
         kept = {n: u.dense().to(self.kept_dtype(u.base.dtype, periods[n])) for n, u in fresh.items() if n in held}
         kept |= {name: state.directions[name] for name in old}
         # what is kept for a parameter without a gradient this time stays
@@ -101,61 +104,45 @@ class Directed(Derivation):
             found = exchange.seen(found, gradients)
         return found, kept
 
-    def _by_signal(self, found: Mapping[str, Direction], state: State, exchange: Exchange) -> dict[str, Direction]:
-        """The directions with each row as long as it was signal."""
-        shares = self.row_shares(state, exchange)
-        scaled = {}
-        for name, (base, factor) in found.items():
-            held = exchange.held_rows(name, shares[name]).to(factor.dtype)
-            scaled[name] = Direction(base, factor * held[:, None])
-        return scaled
+    def row_means(self, state: State, exchange: Exchange) -> Rows:
+        """‖m_r‖² of all rows that go by their signal."""
+        return self._row_squares(state.momentum, state, exchange)
 
-    def row_shares(self, state: State, exchange: Exchange) -> dict[str, Tensor]:
-        """c_r of the rows that go by their signal, of each weight that has had a gradient."""
-        means = exchange.row_squares({n: state.momentum[n] for n in self.row_places if n in state.momentum})
-        kept = {name: self.row_places[name] for name in means}
-        return {
-            name: signal(means[name], state.mean_weights[at], state.powers[at], state.power_weights[at])
-            for name, at in kept.items()
-        }
+    def _row_squares(self, tensors: Mapping[str, Tensor], state: State, exchange: Exchange) -> Rows:
+        """The squares of all rows that go by their signal, 0 where there is no tensor."""
+        found = exchange.row_squares({name: tensors[name] for name in self.row_places if name in tensors})
+        parts = [found[n] if n in found else torch.zeros_like(state.powers[at]) for n, at in self.row_places.items()]
+        return torch.cat(parts) if parts else state.powers
 
     def _heard(
         self,
         gradients: Mapping[str, Tensor],
         state: State,
-        finite: Bool[Tensor, ""],
+        means: Rows | None,
         part: float,
+        finite: Bool[Tensor, ""],
         exchange: Exchange,
-        *,
-        absorbed: bool = False,
-    ) -> dict[str, Tensor]:
-        """The state's ``mean_weights`` with the gradients of a part of a step's samples counted in, and unless they are ``absorbed``, to
-        be followed by others of the step, its ``powers`` and ``power_weights`` too.
+    ) -> dict[str, Rows]:
+        """What the state says of rows, with the gradients of a part of a step's samples counted in.
+
+        Args:
+            gradients: by name, detached.
+            state: before the update.
+            means: as ``row_means`` returned them; None of gradients that are absorbed, which others of the step follow.
+            part: the share of the step's samples.
+            finite: where False, all stays.
+            exchange: the other processes.
         """
-        names = [name for name in self.row_places if name in gradients]
-        if not names:
+        if self.momentum is None or not self.row_places:
             return {}
-        squares = exchange.row_squares({name: gradients[name] for name in names})
-        means = {}
-        if part < 1 and not absorbed:
-            means = exchange.row_squares({name: state.momentum[name] for name in names if name in state.momentum})
-        told: dict[str, list[Tensor]] = {"mean_weights": [], "powers": [], "power_weights": []}
-        for name, at in self.row_places.items():
-            weight, power, count = state.mean_weights[at], state.powers[at], state.power_weights[at]
-            if name in squares:
-                square = squares[name]
-                heard = square > 0
-                if name in means:
-                    # a part of the samples has so much more noise than all of them
-                    mean = torch.where(weight > 0, means[name] / torch.where(weight > 0, weight.square(), 1.0), 0.0)
-                    square = (mean + part * (square - mean)).clamp(min=0.0)
-                if not absorbed:
-                    power = renewed_rows(power, square, 1 - MEMORY, heard, finite)
-                    count = renewed_rows(count, None, 1 - MEMORY, heard, finite)
-                weight = renewed_rows(weight, None, part * (1 - (self.momentum or 0.0)), heard, finite)
-            for what, value in (("mean_weights", weight), ("powers", power), ("power_weights", count)):
-                told[what].append(value)
-        return {what: torch.cat(values) for what, values in told.items()}
+        squares = self._row_squares(gradients, state, exchange)
+        never = torch.zeros_like(finite)
+        counts = [
+            (finite if name in gradients else never).expand(place.stop - place.start)
+            for name, place in self.row_places.items()
+        ]
+        told = in_momentum(state, squares, part * (1 - self.momentum), torch.cat(counts))
+        return told if means is None else told | in_powers(state, squares, means, part, torch.cat(counts))
 
     def _looked_back(
         self, gradients: Mapping[str, Tensor], state: State, exchange: Exchange

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modula_agd import row_signal
 from modula_agd.bound import aligned
 from modula_agd.error import InvalidArgument
 from modula_agd.exchange import ALONE, Exchange
@@ -177,11 +178,11 @@ def explain(
     counted = 1 - (method.momentum or 0.0) ** max(int(state.steps - state.skipped), 1)
     duals = {name: float(dual) / counted for name, dual in found.items()}
     # rows that go less far promise less
-    shares_of_rows = method.row_shares(state, exchange)
-    squares = exchange.row_squares({name: state.momentum[name] for name in shares_of_rows})
-    for name, share in shares_of_rows.items():
-        scale = method.norms[name].factor(method.atoms[name].shape) * counted  # pyright: ignore[reportAttributeAccessIssue]
-        duals[name] = float((share * squares[name].sqrt()).sum()) / scale
+    means = method.row_means(state, exchange)
+    promised = row_signal.signal(state, means) * means.sqrt()
+    for name in method.row_places.keys() & duals.keys():
+        scale = method.norms[name].factor(method.atoms[name].shape)  # pyright: ignore[reportAttributeAccessIssue]
+        duals[name] = float(promised[method.row_places[name]].sum()) / (scale * counted)
     for (name, mass), size, pair in zip(method.masses.items(), sizes, pairs, strict=True):
         dual = duals.get(name, float(pair))
         gives = mass * size * pair / total if total else 0.0

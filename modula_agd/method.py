@@ -211,7 +211,7 @@ class Method(Directed):
         good = ends.isfinite().all() if masked else None
         past = self.counted(state, gradients, part, good, absorbed=True)
         # a direction kept from before would not have seen what was just absorbed
-        heard = self._heard(gradients, state, ends.isfinite().all(), part, exchange, absorbed=True)
+        heard = self._heard(gradients, state, None, part, ends.isfinite().all(), exchange)
         return self._looked_back(gradients, state, exchange)[0]._replace(**past, **heard, directions={})
 
     def decide(
@@ -236,7 +236,8 @@ class Method(Directed):
         plan = self._plan(device)
         parts = portions(state, plan.depths) if self.balance == "measured" else state.portions
         state, left = self._looked_back(gradients, state, exchange)
-        directions, kept = self._directions(gradients, state, device, exchange)
+        means = self.row_means(state, exchange)
+        directions, kept = self._directions(gradients, state, means, device, exchange)
         # a direction that serves on was measured already
         serving = {name for name, direction in directions.items() if direction.base is state.directions.get(name)}
         descents = {n: left[n] if n in serving & left.keys() else d.pair(gradients[n]) for n, d in directions.items()}
@@ -269,7 +270,7 @@ class Method(Directed):
             directions=unless(finite if masked else None, state.directions, kept),
             portions=parts,
             rates=torch.ones_like(parts),
-            **self._heard(gradients, state, finite, part, exchange),
+            **self._heard(gradients, state, means, part, finite, exchange),
             **numbers,
             **forecast(state, told),
         )

@@ -25,6 +25,7 @@ from torch import Tensor
 from modula_agd.device import precise
 from modula_agd.polar import working_dtype
 from modula_agd.rescale import rescale
+from modula_agd.state import State
 
 MEMORY = 0.98
 """β_v: about the last fifty gradients; 0.99 did alike (docs/benchmarks.md)."""
@@ -39,33 +40,51 @@ def row_squares(x: Float[Tensor, "rows cols"]) -> Rows:
     return (norms * peak.flatten().to(norms)).square()
 
 
-def signal(mean: Rows, mean_weight: Rows, power: Rows, power_weight: Rows) -> Rows:
-    """c_r of each row; 1 before anything was heard of it.
+def signal(state: State, means: Rows) -> Rows:
+    """c_r of all rows; 1 before anything was heard of one.
 
     Args:
-        mean: ‖m_r‖², with m as the state has it.
-        mean_weight: what m_r weighs, below 1.
-        power: v_r times what it weighs, as ``renewed`` returned it.
-        power_weight: what v_r weighs, below 1.
+        state: before the update.
+        means: ‖m_r‖², with m as the state has it.
     """
-    known = (power > 0) & (mean_weight > 0)
+    known = (state.powers > 0) & (state.mean_weights > 0)
     # one factor after another, as a weight's square may underflow of a row that was heard of long ago
-    length = mean.sqrt() / torch.where(known, mean_weight, 1.0)
-    share = length * (torch.where(known, power_weight, 1.0) / torch.where(known, power, 1.0)).sqrt()
+    length = means.sqrt() / torch.where(known, state.mean_weights, 1.0)
+    share = length * (torch.where(known, state.power_weights, 1.0) / torch.where(known, state.powers, 1.0)).sqrt()
     return torch.where(known, share.clamp(max=1.0), 1.0)
 
 
-def renewed(
-    before: Rows, fresh: Rows | None, share: float, heard: Bool[Tensor, " rows"], finite: Bool[Tensor, ""]
-) -> Rows:
-    """A mean times what it weighs, with the fresh value counted in; or what it weighs. Nothing is uploaded, which a graph could not hold.
+def in_momentum(state: State, squares: Rows, share: float, counts: Bool[Tensor, " rows"]) -> dict[str, Rows]:
+    """The state's ``mean_weights`` with gradients counted in as the momentum counts them.
 
     Args:
-        before: before.
-        fresh: of this gradient; None for what it weighs, which is 1.
-        share: what it counts for.
-        heard: where False, of a row of which the gradient says nothing, only the past counts less.
-        finite: where False, of a step left out, all stays.
+        state: before the update.
+        squares: ‖g_r‖² of these gradients; 0 of a row of which they say nothing, whose past alone counts less.
+        share: what they count for in the momentum.
+        counts: where False, of a weight without a gradient or a step left out, all stays.
     """
-    value = heard.to(before.dtype) if fresh is None else torch.where(heard, fresh, 0.0)
-    return torch.where(finite & value.isfinite(), before.lerp(value, share), before)
+    return {"mean_weights": _renewed(state.mean_weights, (squares > 0).to(squares.dtype), share, counts)}
+
+
+def in_powers(state: State, squares: Rows, means: Rows, part: float, counts: Bool[Tensor, " rows"]) -> dict[str, Rows]:
+    """The state's ``powers`` and ``power_weights`` with fresh gradients counted in.
+
+    Args:
+        state: before the update, with what was absorbed counted in.
+        squares: as for ``in_momentum``.
+        means: as for ``signal``.
+        part: the share of the step's samples that the gradients are made of; they have so much more noise than all of them.
+        counts: as for ``in_momentum``.
+    """
+    heard, weight = squares > 0, state.mean_weights
+    if part < 1:
+        mean = torch.where(weight > 0, means / torch.where(weight > 0, weight.square(), 1.0), 0.0)
+        squares = torch.where(heard, (mean + part * (squares - mean)).clamp(min=0.0), 0.0)
+    return {
+        "powers": _renewed(state.powers, squares, 1 - MEMORY, counts),
+        "power_weights": _renewed(state.power_weights, heard.to(squares.dtype), 1 - MEMORY, counts),
+    }
+
+
+def _renewed(before: Rows, fresh: Rows, share: float, counts: Bool[Tensor, " rows"]) -> Rows:
+    return torch.where(counts & fresh.isfinite(), before.lerp(fresh, share), before)

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
-from modula_agd import Loss, Method, Module, agd
+from modula_agd import AGD, Loss, Method, Module, State, agd
 from modula_agd.polar import working_dtype
 from modula_agd.verify.tolerance import rounding
 
@@ -35,6 +35,32 @@ def batch(seed: int, samples: int = 8) -> tuple[Tensor, Tensor]:
 def gradients(method: Method, params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Of the mean loss of a batch, by name."""
     return torch.func.grad(method.objective)(params, inputs, targets)
+
+
+def assert_steps_of_the_pure_form(
+    optimizer: AGD, model: nn.Module, method: Method, grads: Callable[..., Any], steps: int
+) -> State:
+    """Let an optimizer and the pure form of its method step side by side, compare the weights, and return the pure form's state.
+
+    Args:
+        optimizer: of the model.
+        model: with the method's parameters.
+        method: what the optimizer should do.
+        grads: gradients by name, of the weights by name and the number of the step.
+        steps: number of steps.
+    """
+    params = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    state = method.init(params)
+    for step in range(steps):
+        found = grads(params, step)
+        for name, parameter in model.named_parameters():
+            parameter.grad = found[name].clone()
+        optimizer.step()
+        updates, state = method.update(found, state, params)
+        params = {name: weight + updates[name] for name, weight in params.items()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), params[name])
+    return state
 
 
 def with_singular_values(values: Tensor, rows: int, cols: int, seed: int = 0) -> Tensor:

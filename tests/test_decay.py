@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modula_agd import AGD, Certified, ClosedForm, ExactGrowth, InvalidArgument, Linear, SquareLoss, Tanh, agd
-from support import gaussian
+from support import assert_steps_of_the_pure_form, gaussian
 
 NET = Linear(3, 6) @ Tanh() @ Linear(6, 4)
 
@@ -65,17 +65,7 @@ def test_without_decay_norms_drift() -> None:
 def test_the_optimizer_decays_as_the_functional_form_does() -> None:
     model = NET.to_torch(0, dtype=torch.float64)
     optimizer, method = AGD(model, SquareLoss(), decay=0.2), agd(NET, SquareLoss(), decay=0.2)
-    params = {name: w.detach().clone() for name, w in model.named_parameters()}
-    state = method.init(params)
-    for step in range(5):
-        grads = gradients(method, params, step)
-        for name, parameter in model.named_parameters():
-            parameter.grad = grads[name].clone()
-        optimizer.step()
-        updates, state = method.update(grads, state, params)
-        params = {name: weight + updates[name] for name, weight in params.items()}
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.detach(), params[name])
+    assert_steps_of_the_pure_form(optimizer, model, method, lambda params, step: gradients(method, params, step), 5)
 
 
 def test_a_step_goes_the_stated_multiple_of_the_minimiser() -> None:

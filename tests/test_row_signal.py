@@ -23,8 +23,8 @@ from modula_agd import (
 )
 from modula_agd.exchange import ALONE
 from modula_agd.norm import Direction
-from modula_agd.row_signal import MEMORY, renewed, row_squares, signal
-from support import gaussian
+from modula_agd.row_signal import MEMORY, in_momentum, in_powers, row_squares, signal
+from support import assert_steps_of_the_pure_form, gaussian
 
 BETA = 0.9
 NET = Linear(Logits(5), 4) @ ReLU() @ Linear(4, 3)
@@ -72,18 +72,17 @@ def test_each_row_goes_by_the_signal_of_its_past_gradients() -> None:
 
 
 def shares(gradients: torch.Tensor, beta: float) -> list[torch.Tensor]:
-    """c of each row before each of the gradients, [gradients, rows, cols]."""
+    """c of each row before each of the gradients and after the last, [gradients, rows, cols]."""
     rows = gradients.shape[1]
-    mean = torch.zeros(gradients.shape[1:], dtype=torch.float64)
-    weight, power, count, found = *torch.zeros(3, rows, dtype=torch.float64).unbind(), []
+    mean, counts = torch.zeros(gradients.shape[1:], dtype=torch.float64), torch.ones(rows, dtype=torch.bool)
+    nothing = torch.zeros(rows, dtype=torch.float64)
+    state, found = method().init(NET.init(0))._replace(powers=nothing, power_weights=nothing, mean_weights=nothing), []
     for gradient in gradients:
-        found.append(signal(row_squares(mean), weight, power, count))
-        squares, fine = row_squares(gradient), torch.tensor(True)
-        mean = beta * mean + (1 - beta) * gradient
-        weight = renewed(weight, None, 1 - beta, squares > 0, fine)
-        power = renewed(power, squares, 1 - MEMORY, squares > 0, fine)
-        count = renewed(count, None, 1 - MEMORY, squares > 0, fine)
-    return [*found, signal(row_squares(mean), weight, power, count)]
+        means, squares = row_squares(mean), row_squares(gradient)
+        found.append(signal(state, means))
+        told = in_momentum(state, squares, 1 - beta, counts) | in_powers(state, squares, means, 1.0, counts)
+        state, mean = state._replace(**told), beta * mean + (1 - beta) * gradient
+    return [*found, signal(state, row_squares(mean))]
 
 
 @given(
@@ -143,7 +142,7 @@ def test_micro_batches_make_rows_as_long_as_one_batch_of_their_samples(drift: fl
             else:
                 grads = {n: (halves[0][n] + halves[1][n]) / 2 for n in params}
             _, state = made.update(grads, state, params, part=1 / parts)
-            told.append(made.row_shares(state, ALONE)[HEAD])
+            told.append(signal(state, made.row_means(state, ALONE)))
         lengths[parts] = float(torch.stack(told[100:]).mean())
     assert lengths[2] == pytest.approx(lengths[1], rel=0.05)
 
@@ -221,17 +220,7 @@ def test_an_optimizer_moves_rows_as_the_pure_form_does() -> None:
     made = method()
     model = NET.to_torch(0, dtype=torch.float64)
     optimizer = AGD(model, made)
-    params = {name: p.detach().clone() for name, p in model.named_parameters()}
-    state = made.init(params)
-    for step in range(6):
-        grads = noisy(step)
-        for name, parameter in model.named_parameters():
-            parameter.grad = grads[name].clone()
-        optimizer.step()
-        updates, state = made.update(grads, state, params)
-        params = {name: p + updates[name] for name, p in params.items()}
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.detach(), params[name])
+    state = assert_steps_of_the_pure_form(optimizer, model, made, lambda params, step: noisy(step), 6)
     assert optimizer.scalars()[f"step/{HEAD}"] == pytest.approx(math.sqrt(4) * float(state.t))
 
 
@@ -245,6 +234,13 @@ def test_tiny_and_huge_gradients_leave_no_share_behind(scale: float) -> None:
     assert state.powers.isfinite().all()
     assert (state.powers > 0).all()
     assert (updates[HEAD].double().norm(dim=1) > 0).all()
+
+
+def test_what_is_known_of_a_row_is_three_numbers() -> None:
+    made = method()
+    _, state = made.update(noisy(0), made.init(NET.init(0)), NET.init(0))
+    assert sum(x.nbytes for x in (state.powers, state.power_weights, state.mean_weights)) == 24 * 5
+    assert made.row_count == 5
 
 
 def test_measured_rows_take_momentum_and_a_known_word() -> None:

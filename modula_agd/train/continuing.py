@@ -166,6 +166,10 @@ def _told(saved: Checkpoint) -> dict[str, Any]:
 
 def _state(saved: Checkpoint, start: Point, trainer: Trainer) -> Any:
     """The optimizer's state, each tensor where training has it."""
+    if trainer.method.momentum is None and any(name.startswith("momentum.") for name in saved.state):
+        raise CheckpointError(
+            f"the checkpoint's state of the optimizer cannot be gone on with: it has momentum, where this method has none. {_REMEDY}."
+        )
     state = state_like(start.state, saved.state)
     shapes = {name: tuple(value.shape) for name, value in start.params.items()}
     held = {what: getattr(state, what) for what in WEIGHT_SIZED}
@@ -174,8 +178,6 @@ def _state(saved: Checkpoint, start: Point, trainer: Trainer) -> Any:
         wrong = wrong or odd_tensors(what, tensors, shapes) or not_finite(what, tensors)
     if wrong is None and held["momentum"].keys() != held["lead"].keys():
         wrong = "its lead is not of the parameters that its momentum is of, as in runs of older versions"
-    if wrong is None and held["momentum"] and trainer.method.momentum is None:
-        wrong = "it has momentum, where this method has none"
     if wrong is not None:
         raise CheckpointError(f"the checkpoint's state of the optimizer cannot be gone on with: {wrong}. {_REMEDY}.")
     return state._replace(
