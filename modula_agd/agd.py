@@ -36,6 +36,7 @@ def agd(
     balance: Literal["auto", "measured", "declared"] = "auto",
     step_average: float | Literal["auto"] | None = "auto",
     rows: Literal["auto", "measured", "declared"] = "auto",
+    stretch: Literal["auto", "measured", "declared"] = "auto",
 ) -> Method:
     """A method without a learning rate, derived from what the network and the loss declare.
 
@@ -75,6 +76,9 @@ def agd(
         rows: of embeddings, positions and matrices into logits: "measured", each row goes by the share of signal in its past gradients,
             and rows into logits sqrt(i) times as far as a unit step (``row_signal.py``), or "declared", all at full length. "auto" is
             measured where there is momentum, but for a captured model, whose bound has the alignment of its example.
+        stretch: "measured", weights whose way from the averaged weights still leads downhill go up to 8 times as far (``stretch.py``),
+            where ``update`` is given averaged weights, as ``AGD`` and the command line do; or "declared", none does. "auto" is measured
+            where there is momentum.
 
     Raises:
         InvalidArgument: an option is unknown, or contradicts the search.
@@ -105,6 +109,7 @@ def agd(
         ("curvature", curvature, ("auto", "measured", "declared")),
         ("balance", balance, ("auto", "measured", "declared")),
         ("rows", rows, ("auto", "measured", "declared")),
+        ("stretch", stretch, ("auto", "measured", "declared")),
     ):
         if value not in allowed:
             raise InvalidArgument(f"agd was given {what}={value!r}; choose one of {allowed}")
@@ -142,7 +147,7 @@ def agd(
             "a certified search was combined with decay, which raises the loss where it pulls against the gradient. "
             "Leave decay out."
         )
-    for what, value in (("curvature", curvature), ("balance", balance), ("rows", rows)):
+    for what, value in (("curvature", curvature), ("balance", balance), ("rows", rows), ("stretch", stretch)):
         if value == "measured" and momentum is None:
             raise InvalidArgument(
                 f"agd was given a measured {what} without momentum, where no gradient is fresh to the directions. Leave {what} out."
@@ -151,6 +156,8 @@ def agd(
         curvature = "declared" if momentum is None else "measured"
     if rows == "auto":
         rows = "declared" if momentum is None or network.captured else "measured"
+    if stretch == "auto":
+        stretch = "declared" if momentum is None else "measured"
     fixed = sizes == "tracked" or isinstance(search, ClosedForm)
     if balance == "auto":
         balance = "declared" if network.captured or fixed else curvature
@@ -201,6 +208,7 @@ def agd(
         balance,
         None if step_average is None else float(step_average),
         rows,
+        stretch,
     )
     method._conversion()
     search.check(network.bound(0.0, magnitude=magnitude, constants=constants))

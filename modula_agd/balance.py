@@ -53,18 +53,18 @@ def portions(state: State, depths: Each) -> Each:
     return torch.where(total > 0, wanted * depths.sum() / total, 1.0)
 
 
-def weighed(state: State, left: Each, reach: Each, strides: Each) -> dict[str, Any]:
+def weighed(state: State, left: Each, reach: Each, further: Each) -> dict[str, Any]:
     """The state's ``gained``, ``used`` and ``counted`` with the last step counted in, but for weights that stood still or have no gradient.
 
     Args:
         state: before the update, with the last step's ``descents``.
         left: ⟨g_{t+1}, u_k⟩ of each parameter, 0 where there is no gradient or was no direction.
         reach: m_k·ω_k of each parameter at the last step.
-        strides: unit steps that each parameter goes (``row_signal.py``); a slope is used up per unit step.
+        further: how many times as far each parameter went as its portion of a unit step (``row_signal.py``, ``stretch.py``).
     """
     moved = state.rates > 0
-    # a multiplier is the user's, and a stride the norm's: what a longer step uses up more is not the weight's doing
-    fall = reach * (state.descents - left) / torch.where(moved, state.rates * strides, 1.0)
+    # a slope is used up per unit step: what a longer one uses up more is not the weight's doing
+    fall = reach * (state.descents - left) / torch.where(moved, state.rates * further, 1.0)
     seen = moved & (state.descents != 0) & (left != 0) & (state.due > 0) & fall.isfinite()
     share = (1 - MEMORY) * seen.to(fall.dtype)
     return {

@@ -46,6 +46,18 @@ def curvature(state: State, steady: Scalar, noise: float) -> Scalar:
     return torch.where(known, torch.maximum(ratio, least), 1.0).clamp(max=MOST)
 
 
+def mean_multiple(multiples: Tensor, gains: Tensor) -> Scalar:
+    """How many times as much slope a step is to use up, of which each weight goes so many times as far; 1 where nothing descends.
+
+    Args:
+        multiples: of each parameter.
+        gains: p_k·m_k·ω_k·⟨g_k, u_k⟩ of each parameter, what it gives to the descent.
+    """
+    weights = gains.clamp(min=0.0)
+    total = weights.sum()
+    return torch.where(total > 0, (weights * multiples).sum() / torch.where(total > 0, total, 1.0), 1.0)
+
+
 def looked_back(state: State, left: Tensor, reach: Tensor) -> dict[str, Any]:
     """The state's ``fallen`` and ``expected`` with the last step counted in. The very first counts as if κ were 1.
 

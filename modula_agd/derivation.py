@@ -71,6 +71,7 @@ class Derivation:
     balance: Literal["measured", "declared"] = "declared"
     step_average: float | None = None
     rows: Literal["measured", "declared"] = "declared"
+    stretch: Literal["measured", "declared"] = "declared"
     _plans: dict[torch.device, Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -175,6 +176,10 @@ class Derivation:
         if any(stride != 1 for stride in self.strides.values()):
             bound = bound.assuming(
                 "incoherent rows: features are as little aligned with the rows of logits as in the mean"
+            )
+        if self.stretch == "measured":
+            bound = bound.assuming(
+                "stretched weights: the loss bears longer steps of weights whose way from their averages still leads downhill"
             )
         if self.step_average is not None:
             bound = bound.assuming("averaged steps: the loss bears the mean of the steps that past majorants asked for")

@@ -155,9 +155,13 @@ class Directed(Derivation):
         pairs = exchange.total(torch.stack([left.get(name, zero) for name in self.atoms]))
         reach = state.sizes * self._plan(state.t.device).masses
         fallen = looked_back(state, pairs, reach * state.portions) if self.curvature == "measured" else {}
-        strides = self._plan(state.t.device).strides
-        used = weighed(state, pairs, reach, strides) if self.balance == "measured" else {}
+        further = self._plan(state.t.device).strides * state.stretches
+        used = weighed(state, pairs, reach, further) if self.balance == "measured" else {}
         return state._replace(**fallen, **used), left
+
+    def gains(self, state: State) -> Tensor:
+        """p_k·m_k·ω_k·⟨g_k, u_k⟩ of each parameter: what it gave to the descent of the last step."""
+        return state.portions * self._plan(state.t.device).masses * state.sizes * state.descents
 
     def _half(self, sources: Mapping[str, Tensor], device: torch.device) -> bool:
         """Whether polar factors are iterated in bfloat16; "auto": where that is what an accelerator is fast at."""

@@ -10,6 +10,7 @@ noise: about 1 is all signal, about 0 all noise; being of one batch, it is as no
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class Share:
         costs: share of the growth to first order.
         moved: ‖ΔW‖/ω along the direction, the relative step of this weight, the optimizer's multiplier counted in; of rows that go by
             their signal, that of a row which is all signal.
+        stretch: how many times as far it goes as its portion of the step, because it lags.
         decayed: share of itself that the weight lost beside it, from 0 to 1.
         held_back_by: what bounds it, in words.
     """
@@ -54,6 +56,7 @@ class Share:
     gives: float
     costs: float
     moved: float
+    stretch: float
     decayed: float
     held_back_by: str
 
@@ -107,8 +110,19 @@ class Explanation:
         return "neither loose nor violated, within two standard errors"
 
     def __str__(self) -> str:
-        decays = any(x.decayed for x in self.shares)
-        header = ["parameter", "dual norm", "descent", "signal", "gives", "costs", "step", "decay", "held back by"]
+        header = [
+            "parameter",
+            "dual norm",
+            "descent",
+            "signal",
+            "gives",
+            "costs",
+            "step",
+            "stretch",
+            "decay",
+            "held back by",
+        ]
+        shown = [True] * 7 + [any(x.stretch != 1 for x in self.shares), any(x.decayed for x in self.shares), True]
         body = [
             (
                 x.name,
@@ -118,13 +132,13 @@ class Explanation:
                 f"{x.gives:.1%}",
                 f"{x.costs:.1%}",
                 f"{x.moved:.2e}",
+                f"{x.stretch:.2f}",
                 f"{x.decayed:.2e}",
                 x.held_back_by,
             )
             for x in self.shares
         ]
-        if not decays:
-            header, *body = ([*row[:-2], row[-1]] for row in (header, *body))
+        header, *body = ([*compress(row, shown)] for row in (header, *body))
         facts = [("η", f"{self.eta:.4g}")]
         if self.asked is not None:
             means = f"t is the mean of those that majorants asked for: {self.asked:.4g}, of the last fifty {self.recent:.4g}"
@@ -183,12 +197,13 @@ def explain(
     for name in method.row_places.keys() & duals.keys():
         scale = method.norms[name].factor(method.atoms[name].shape)  # pyright: ignore[reportAttributeAccessIssue]
         duals[name] = float(promised[method.row_places[name]].sum()) / (scale * counted)
-    for (name, mass), size, pair in zip(method.masses.items(), sizes, pairs, strict=True):
+    stretches = state.stretches.tolist()
+    for (name, mass), size, pair, stretch in zip(method.masses.items(), sizes, pairs, stretches, strict=True):
         dual = duals.get(name, float(pair))
         gives = mass * size * pair / total if total else 0.0
         costs = sensitivities[name] / depth
         signal = pair / dual if dual else 0.0
-        length = portions[name] * mass * t if pair and finite else 0.0
+        length = stretch * portions[name] * mass * t if pair and finite else 0.0
         multiplier = (multipliers or {}).get(name, 1.0)
         moved, decayed = (
             multiplier * method.strides[name] * length,
@@ -198,7 +213,7 @@ def explain(
             reason = _reason(mass, pair, signal, gives, costs, method.momentum is not None)
         else:
             reason = "skipped: the gradient was not finite" if made else "no step was made yet"
-        shares.append(Share(name, dual, pair, signal, gives, costs, moved, decayed, reason))
+        shares.append(Share(name, dual, pair, signal, gives, costs, moved, stretch, decayed, reason))
     told = float(state.told)
     predicted = float(state.predicted) / told if told else None
     realised = float(state.realised) / told if told else None
@@ -238,7 +253,7 @@ def scalars(method: Method, state: State, multipliers: Mapping[str, float | Tens
     """
     weight, told = state.weight.clamp(min=1e-300), state.told.clamp(min=1e-300)
     smoothed = torch.where(state.weight > 0, state.smoothed / weight, state.descent)
-    moved = (state.descents != 0) * state.portions * state.t
+    moved = (state.descents != 0) * state.stretches * state.portions * state.t
     numbers = {
         "eta": state.eta,
         "t": state.t,

@@ -67,6 +67,21 @@ def check_update(
     check_gradients(atoms, grads, params)
 
 
+def check_average(average: object, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ``InvalidArgument`` unless averaged weights are tensors of the shapes of parameters; others may be among them."""
+    if average is None:
+        return
+    known = (
+        {name: value for name, value in average.items() if name in shapes} if isinstance(average, Mapping) else average
+    )
+    odd = odd_tensors("average", known, shapes)
+    if odd is not None:
+        raise InvalidArgument(
+            f"update was given averaged weights that are not the network's: {odd}. Pass what averaging.averaged returned of its "
+            "parameters, or leave average out."
+        )
+
+
 def check_gradients(
     atoms: Mapping[str, Weighted], grads: Mapping[str, Tensor | None], params: Mapping[str, Tensor]
 ) -> None:

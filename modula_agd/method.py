@@ -4,11 +4,11 @@ It knows no layer and no loss by name. One update:
 
 1. each atom's norm turns its gradient g_k into a unit dual direction u_k, and ⟨g_k, u_k⟩ is its share of the descent;
 2. the search minimises the majorant (``majorisation.py``), which gives one number t;
-3. each weight moves by −t·p_k·m_k·ω_k·u_k, rows into logits sqrt(i) times as far (``row_signal.py``).
+3. each weight moves by −t·x_k·p_k·m_k·ω_k·u_k, rows into logits sqrt(i) times as far (``row_signal.py``).
 
 Directions are made and kept in ``directed.py``. On minibatches direction and descent are told apart (``held_out.py``), the bound is
 as curved as past steps found the loss (``curvature.py``), t is the mean of what majorants asked for (``step_average.py``), and the
-portions p_k, otherwise 1, are what past steps found of each weight (``balance.py``).
+portions p_k and stretches x_k, otherwise 1, are what past steps found of each weight (``balance.py``, ``stretch.py``).
 
 All scalars stay on the device, so that a step waits for nothing.
 """
@@ -22,7 +22,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from modula_agd.balance import portions
-from modula_agd.curvature import curvature
+from modula_agd.curvature import curvature, mean_multiple
 from modula_agd.derivation import settled
 from modula_agd.device import precise
 from modula_agd.directed import Directed, unless
@@ -30,12 +30,13 @@ from modula_agd.error import InvalidArgument
 from modula_agd.exchange import ALONE, Exchange
 from modula_agd.forecast import forecast
 from modula_agd.held_out import measured, steadiness
-from modula_agd.inspection import check_finite, check_parameters, check_step, check_update, loss_told
+from modula_agd.inspection import check_average, check_finite, check_parameters, check_step, check_update, loss_told
 from modula_agd.majorisation import Evidence
 from modula_agd.norm import Direction, wide
 from modula_agd.space import finite as finite_number
 from modula_agd.state import WEIGHT_SIZED, Scalar, State
 from modula_agd.step_average import averaged
+from modula_agd.stretch import Each, foreseen, stretched
 
 
 class Move(NamedTuple):
@@ -44,8 +45,8 @@ class Move(NamedTuple):
     Args:
         directions: u_k of each parameter that moves.
         gradients: its gradient.
-        amounts: −t·p_k·m_k·ω_k of each parameter, 0-d, times the stride of rows into logits.
-        shrink: λ·p_k·m_k·t, the share of a weight that decays; empty without decay.
+        amounts: −t·x_k·p_k·m_k·ω_k of each parameter, 0-d, times the stride of rows into logits.
+        shrink: λ·x_k·p_k·m_k·t, the share of a weight that decays; empty without decay.
         finite: False where nothing may move; None where that has been looked at.
         state: the new state, but for momentum and lead.
     """
@@ -111,8 +112,8 @@ class Method(Directed):
         numbers = {name: zero for name in State._fields if name not in WEIGHT_SIZED} | {
             "magnitude": zero + plan.bound.magnitude,
             "depth": zero + plan.bound.depth,
-            **dict.fromkeys(("descents", "gained", "used", "counted"), zero.expand(len(self.atoms))),
-            **dict.fromkeys(("portions", "rates"), torch.ones_like(plan.sizes)),
+            **dict.fromkeys(("descents", "foreseen", "gained", "used", "counted"), zero.expand(len(self.atoms))),
+            **dict.fromkeys(("portions", "stretches", "rates"), torch.ones_like(plan.sizes)),
             **dict.fromkeys(("powers", "power_weights", "mean_weights"), zero.expand(self.row_count)),
             "sizes": plan.sizes,
             "steps": count,
@@ -132,6 +133,7 @@ class Method(Directed):
         *,
         value: Tensor | float | None = None,
         part: float = 1.0,
+        average: Mapping[str, Tensor] | None = None,
         exchange: Exchange = ALONE,
     ) -> tuple[dict[str, Tensor], State]:
         """One step: what to add to the parameters, and the new state. Pure.
@@ -143,6 +145,8 @@ class Method(Directed):
             evidence: R and a₀ of the same batch, for a certified search.
             value: the mean loss of the batch, 0-d, for the record of predicted and realised decrease in the state.
             part: the share of the step's samples that the gradient is made of, where ``absorb`` was given the others.
+            average: averaged weights by name, as ``averaging.averaged`` made them after every update before: what lags behind them goes
+                further, where ``stretch`` is measured. Without, all goes as far as it did.
             exchange: the other processes; ``grads``, ``state`` and ``params`` are what this one holds.
 
         Returns:
@@ -156,7 +160,7 @@ class Method(Directed):
         """
         if not (finite_number(part) and 0 < part <= 1):
             raise InvalidArgument(f"update was given part={part!r}, which must be above 0 and at most 1")
-        move = self.decide(grads, state, params, evidence, value, exchange, part)
+        move = self.decide(grads, state, params, evidence, value, exchange, part, average)
         updates = {}
         for name, direction in move.directions.items():
             factor = move.factor(name, direction)
@@ -223,9 +227,10 @@ class Method(Directed):
         value: Tensor | float | None = None,
         exchange: Exchange = ALONE,
         part: float = 1.0,
+        average: Mapping[str, Tensor] | None = None,
     ) -> Move:
         """What ``update`` does, before anything is multiplied out; its state still holds the old momentum and lead."""
-        self._check_arguments(grads, state, params, evidence, exchange)
+        self._check_arguments(grads, state, params, evidence, exchange, average)
         told = loss_told(value, state)
         told = exchange.means({"loss": told})["loss"] if told is not None else None
         evidence = exchange.evidence(evidence) if evidence is not None else None
@@ -243,7 +248,8 @@ class Method(Directed):
         descents = {n: left[n] if n in serving & left.keys() else d.pair(gradients[n]) for n, d in directions.items()}
         pairs = torch.stack([descents.get(name, zero) for name in self.atoms])
         shrinking = self._shrinking(gradients, params, device)
-        pairs, shrinking = exchange.total(torch.stack((pairs, shrinking))).unbind()
+        ways = self._ways(gradients, params, average or {}, zero)
+        pairs, shrinking, left_over = exchange.total(torch.stack((pairs, shrinking, ways))).unbind()
 
         sizes = self._sizes(params, device, exchange)
         reach = sizes * plan.masses * parts
@@ -257,6 +263,11 @@ class Method(Directed):
             # a zero gradient means a zero step of its weight, whatever the past says
             reach = reach * (pairs != 0)
         t, finite, numbers = self._length(descent, finite, sizes, state, evidence)
+        stretches = state.stretches
+        if self.stretch == "measured":
+            numbers |= stretched(state, foreseen(state, plan.strides, plan.masses), left_over, finite)
+            stretches = numbers["stretches"]
+            numbers["due"] = numbers["due"] * mean_multiple(stretches, reach * pairs)
         if masked:
             # made of a gradient itself, a direction may be NaN
             kept |= {name: torch.where(finite, kept[name], 0.0) for name in kept.keys() - state.lead.keys()}
@@ -274,10 +285,10 @@ class Method(Directed):
             **numbers,
             **forecast(state, told),
         )
-        amounts = dict(zip(self.atoms, (-t * plan.strides * reach).unbind(), strict=True))
+        amounts = dict(zip(self.atoms, (-t * plan.strides * stretches * reach).unbind(), strict=True))
         # no weight passes through 0, and one with a zero gradient does not move at all
         moved = dict(zip(self.atoms, (pairs != 0).unbind(), strict=True))
-        lengths = dict(zip(self.atoms, (t * plan.masses * parts).unbind(), strict=True))
+        lengths = dict(zip(self.atoms, (t * stretches * plan.masses * parts).unbind(), strict=True))
         shares = {name: (self.decay * lengths[name]).clamp(max=1.0) for name in directions if self.decay}
         shrink = {name: share * moved[name] for name, share in shares.items()}
         return Move(directions, gradients, amounts, shrink, finite if masked else None, after)
@@ -347,6 +358,22 @@ class Method(Directed):
                 parts[name] = self.decay * self.masses[name] * flat
         return torch.stack(list(parts.values()))
 
+    def _ways(
+        self, gradients: Mapping[str, Tensor], params: Mapping[str, Tensor], average: Mapping[str, Tensor], zero: Scalar
+    ) -> Each:
+        """⟨g_k, w_k − w̄_k⟩ of each parameter, 0 of one without a gradient or an average."""
+        if self.stretch != "measured":
+            return zero.expand(len(self.atoms))
+        one = torch.ones_like(zero)
+        return torch.stack(
+            [
+                Direction(params[name].detach() - average[name], one).pair(gradients[name])
+                if name in gradients and name in average
+                else zero
+                for name in self.atoms
+            ]
+        )
+
     def _check_arguments(
         self,
         grads: Mapping[str, Tensor | None],
@@ -354,11 +381,13 @@ class Method(Directed):
         params: Mapping[str, Tensor],
         evidence: Evidence | None,
         exchange: Exchange,
+        average: Mapping[str, Tensor] | None = None,
         *,
         needs_evidence: bool = True,
     ) -> None:
         shapes = {name: exchange.shape(name, atom.shape) for name, atom in self.atoms.items()}
         check_update(self.atoms, grads, state, params, evidence, shapes, self.row_count)
+        check_average(average, shapes)
         if needs_evidence and self.needs_evidence and evidence is None:
             raise InvalidArgument(
                 "a certified update was asked for without evidence of R and the input magnitude. "

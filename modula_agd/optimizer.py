@@ -12,6 +12,7 @@ from modula_agd import memory
 from modula_agd.accumulation import MicroBatches
 from modula_agd.agd import agd
 from modula_agd.bridge.bridged import Bridged, from_torch
+from modula_agd.curvature import mean_multiple
 from modula_agd.directed import unless
 from modula_agd.error import InvalidArgument
 from modula_agd.exchange import ALONE
@@ -234,7 +235,8 @@ class AGD(Lending):
             grads = {name: None if gradient is None else -gradient for name, gradient in grads.items()}
             loss = None if loss is None else -loss
         grads, seen, part = self._micro.gathered(self.method, before, params, grads, self._exchange)
-        move = self.method.decide(grads, seen, params, evidence, loss, self._exchange, part)
+        held = {name: local(value) for name, value in self._averages().items()}
+        move = self.method.decide(grads, seen, params, evidence, loss, self._exchange, part, held)
         allowed, multipliers = _allowed(move, rates), self._by_name(rates)
         for name in move.gradients:
             entry = self.state[whole[name]]
@@ -275,11 +277,7 @@ class AGD(Lending):
         """What the step's multipliers make of the slope that it was to use up: their mean, weighed by what each weight gives."""
         if len({rate if isinstance(rate, float) else id(rate) for rate in multipliers.values()}) <= 1:
             return next(iter(multipliers.values()), 1.0)
-        given = move.state.descents * move.state.sizes * move.state.portions
-        weights = given.clamp(min=0.0) * given.new_tensor(list(self.method.masses.values()))
-        total = weights.sum()
-        mean = (weights * applied).sum() / torch.where(total > 0, total, 1.0)
-        return torch.where(total > 0, mean, 1.0)
+        return mean_multiple(applied, self.method.gains(move.state) * move.state.stretches)
 
     def _applied(self, move: Move, multipliers: Mapping[str, float | Tensor]) -> Tensor:
         """The multiplier of each parameter, 0 of one that is in no group."""

@@ -42,6 +42,8 @@ class State(NamedTuple):
         recent: mean of the last fifty or so.
         majorants: number of steps that these two hold.
         portions: p_k of each parameter: its step relative to one of equal steps.
+        stretches: x_k of each parameter: how many times as far it went as its portion of the step (``stretch.py``).
+        foreseen: slope that steps foresaw along each parameter's way from its average; 0 where stretches are not measured.
         rates: what the optimizer multiplied the last step of each parameter with, ≥ 0; 1 in the pure form.
         gained: mean of m_k·ω_k·⟨g_k, u_k⟩ of each parameter, times ``counted``; 0 where the balance is not measured, as are the next two.
         used: mean of what a step then used up of it, times ``counted``.
@@ -82,6 +84,8 @@ class State(NamedTuple):
     recent: Scalar
     majorants: Scalar
     portions: Float[Tensor, " parameters"]
+    stretches: Float[Tensor, " parameters"]
+    foreseen: Float[Tensor, " parameters"]
     rates: Float[Tensor, " parameters"]
     gained: Float[Tensor, " parameters"]
     used: Float[Tensor, " parameters"]
@@ -112,13 +116,14 @@ _NEVER_NEGATIVE = (
     "recent",
     "majorants",
     "portions",
+    "stretches",
     "rates",
     "counted",
     "powers",
     "power_weights",
     "mean_weights",
 )
-_FINITE = (*_NEVER_NEGATIVE, "smoothed", "predicted", "realised", "fallen", "gained", "used")
+_FINITE = (*_NEVER_NEGATIVE, "smoothed", "predicted", "realised", "fallen", "gained", "used", "foreseen")
 
 
 def complaint(found: Mapping[str, object], like: State) -> str | None:

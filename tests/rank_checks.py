@@ -243,7 +243,7 @@ def sharded(net: Module, mesh: Any = None) -> TorchModule:
     return model
 
 
-def _follows(net: Module, steps: int = 20, mesh: Any = None, **options: Any) -> None:
+def _follows(net: Module, steps: int = 30, mesh: Any = None, **options: Any) -> None:
     data = batches(net, steps)
     losses, reference, expected = alone(net, data, **options)
     model = sharded(net, mesh)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
 from modula_agd import AGD, Loss, Method, Module, State, agd
+from modula_agd.averaging import averaged
 from modula_agd.polar import working_dtype
 from modula_agd.verify.tolerance import rounding
 
@@ -50,14 +51,15 @@ def assert_steps_of_the_pure_form(
         steps: number of steps.
     """
     params = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    state = method.init(params)
+    state, average = method.init(params), None
     for step in range(steps):
         found = grads(params, step)
         for name, parameter in model.named_parameters():
             parameter.grad = found[name].clone()
         optimizer.step()
-        updates, state = method.update(found, state, params)
+        updates, state = method.update(found, state, params, average=average)
         params = {name: weight + updates[name] for name, weight in params.items()}
+        average = averaged(average, params, step + 1) if optimizer.averaging else None
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), params[name])
     return state

@@ -174,7 +174,10 @@ def test_steps_multipliers_and_decay_follow_the_portions() -> None:
     told, shares = optimizer.scalars(), {share.name: share for share in optimizer.explain().shares}
     portion = dict(zip(network.weights(), optimizer.current.portions.tolist(), strict=True))
     assert max(portion.values()) > 1.01 * min(portion.values())
+    stretch = dict(zip(network.weights(), optimizer.current.stretches.tolist(), strict=True))
+    assert max(stretch.values()) > 1.01
     for name, p in portion.items():
+        p *= stretch[name]
         moved = optimizer.method.strides[name] * p * told["t"]
         assert told[f"step/{name}"] == pytest.approx(moved)
         assert shares[name].moved == pytest.approx(moved)

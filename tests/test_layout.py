@@ -32,7 +32,7 @@ ROWS = (
     ("wiring",),
     ("atom", "attention", "bond", "convolution", "dropout", "normalisation", "pooling", "position"),
     ("averaging", "balance", "compound", "curvature", "directions", "forecast", "majorisation", "shards"),
-    ("convnet", "exchange", "inspection", "step_average", "transformer"),
+    ("convnet", "exchange", "inspection", "step_average", "stretch", "transformer"),
     ("derivation", "distributed"),
     ("directed",),
     ("method",),

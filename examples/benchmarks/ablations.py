@@ -28,6 +28,7 @@ OPTIONS = {
     "newest step": {"step_average": None},
     "steps of the last fifth": {"step_average": 4.0},
     "rows at full length": {"rows": "declared"},
+    "nothing stretched": {"stretch": "declared"},
     "refresh 1": {"refresh": 1},
     "refresh 8": {"refresh": 8},
     "decay 0.1": {"decay": 0.1},

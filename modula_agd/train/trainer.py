@@ -93,7 +93,13 @@ class Trainer:
         seen = Meter().plus(value, outputs, batch.labels)
         grads, renewed = self.ranks.joined(self.exchange, grads, renewed)
         updates, state = method.update(
-            grads, point.state, params, evidence=evidence, value=value, exchange=self.exchange
+            grads,
+            point.state,
+            params,
+            evidence=evidence,
+            value=value,
+            average=point.average if point.step else None,
+            exchange=self.exchange,
         )
         moved = {name: weight + updates[name] if name in updates else weight for name, weight in params.items()}
         return Point(

@@ -1,0 +1,247 @@
+"""Stretch: weights whose way from the averaged weights still leads downhill go further, and none goes less far."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from modula_agd import (
+    AGD,
+    CrossEntropy,
+    InvalidArgument,
+    Linear,
+    Logits,
+    Method,
+    ReLU,
+    SquareLoss,
+    agd,
+    published,
+)
+from modula_agd.averaging import averaged
+from modula_agd.curvature import mean_multiple
+from modula_agd.state import State
+from modula_agd.stretch import FIRST, MOST, PAST, SOON, stretched
+from support import assert_steps_of_the_pure_form, batch, gaussian, gradients
+
+NET = Linear(3, 6) @ ReLU() @ Linear(6, 4)
+TRUE = torch.tensor(True)
+PLAIN: dict[str, Any] = {"curvature": "declared", "balance": "declared", "relaxation": 1.0, "step_average": None}
+
+
+def numbers(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def before(steps: int, stretch: float = 1.0) -> State:
+    state = agd(NET, SquareLoss()).init(NET.init(0, dtype=torch.float64))
+    return state._replace(steps=torch.tensor(steps), stretches=numbers(stretch, stretch))
+
+
+def train(method: Method, grads: Any, steps: int, seed: int = 0) -> tuple[list[State], list[float]]:
+    """States of a run in the pure form, and −⟨g, w − w̄⟩ of each weight after it with the last gradients."""
+    params: Mapping[str, Tensor] = NET.init(seed, dtype=torch.float64)
+    state, average, found = method.init(params), None, []
+    for step in range(steps):
+        updates, state = method.update(grads(params, step), state, params, average=average)
+        params = {name: weight + updates[name] for name, weight in params.items()}
+        average = averaged(average, params, step + 1)
+        found.append(state)
+    assert average is not None
+    last = grads(params, steps)
+    left = [-float((last[name] * (weight - average[name])).sum()) for name, weight in params.items()]
+    return found, left
+
+
+@given(
+    st.integers(0, 5000),
+    st.floats(1, MOST),
+    st.tuples(st.floats(-5, 5), st.floats(-5, 5)),
+    st.tuples(st.floats(-5, 5), st.floats(-5, 5)),
+)
+def test_a_stretch_moves_by_one_over_the_steps_and_stays_within_its_bounds(
+    steps: int, stretch: float, promise: tuple[float, float], left: tuple[float, float]
+) -> None:
+    found = stretched(before(steps, stretch), numbers(*promise), numbers(*left), TRUE)["stretches"].tolist()
+    for x, e, h in zip(found, promise, left, strict=True):
+        assert 1 <= x <= MOST
+        if steps < FIRST or h == 0:
+            assert x == stretch
+            continue
+        assert abs(math.log(x / stretch)) <= 1 / max(steps, SOON) + 1e-12
+        assert (x - stretch) * (PAST * e - h) >= -1e-12
+
+
+def test_what_lags_goes_further_and_what_is_past_its_minimiser_goes_back() -> None:
+    state, promise = before(100, 2.0), numbers(1.0, 1.0)
+    for left, factor in ((-1.0, math.exp(0.01)), (PAST, 1.0), (1.0, math.exp(-0.006))):
+        found = stretched(state, promise, numbers(left, left), TRUE)["stretches"]
+        assert found.tolist() == pytest.approx([2 * factor] * 2)
+    assert stretched(state, promise, numbers(-1.0, -1.0), ~TRUE)["stretches"].tolist() == [2.0, 2.0]
+    assert stretched(state, promise, numbers(math.nan, -math.inf), TRUE)["stretches"].tolist() == [2.0, 2.0]
+
+
+def test_on_a_slope_that_stays_what_steps_foresaw_is_what_is_left() -> None:
+    """A constant gradient: −h_k = e_k, so that every weight goes further, twice as far in a run that is twice as long."""
+    constant = {name: gaussian(*weight.shape, seed=7) for name, weight in NET.init(0).items()}
+    method = agd(NET, SquareLoss(), decay=0.0, **PLAIN)
+    states, left = train(method, lambda *_: constant, 120)
+    last = states[-1]
+    c = 9 / (120 + 8)
+    made = last.t * last.stretches * last.portions * last.sizes * last.descents
+    assert ((1 - c) * (last.foreseen + made)).tolist() == pytest.approx(left, rel=1e-9)
+    wanted = math.exp(sum(1 / max(n, SOON) for n in range(FIRST, 120)))
+    assert last.stretches.tolist() == pytest.approx([wanted] * 2, rel=1e-9)
+    far, _ = train(method, lambda *_: constant, 700)
+    assert far[-1].stretches.tolist() == [MOST] * 2
+
+
+def test_steps_are_stretched_and_nothing_else_is() -> None:
+    constant = {name: gaussian(*weight.shape, seed=7) for name, weight in NET.init(0).items()}
+    method = agd(NET, SquareLoss(), **PLAIN)
+    params = NET.init(0, dtype=torch.float64)
+    state = train(method, lambda *_: constant, 60)[0][-1]
+    short, plain = method.update(constant, state._replace(stretches=torch.ones(2).double()), params)
+    far, after = method.update(constant, state._replace(stretches=numbers(2.0, 3.0)), params)
+    for (name, update), x in zip(far.items(), (2.0, 3.0), strict=True):
+        torch.testing.assert_close(update, x * short[name])
+    assert after.t == plain.t
+    assert after.change == plain.change
+    gains = method.gains(after)
+    assert float(after.due / plain.due) == pytest.approx(float(gains @ numbers(2.0, 3.0) / gains.sum()))
+
+
+def test_weights_that_swing_about_a_minimum_are_not_stretched() -> None:
+    """A square loss of the weights alone with noise on its gradients: at rest the slope of the way is past its minimum."""
+
+    def noisy(params: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        return {
+            name: weight + 2 * gaussian(*weight.shape, seed=100 * step + at)
+            for at, (name, weight) in enumerate(params.items())
+        }
+
+    states, _ = train(agd(NET, SquareLoss(), **PLAIN), noisy, 400)
+    assert states[-1].stretches.max() < 1.5
+
+
+def test_the_optimizer_stretches_as_the_pure_form_does() -> None:
+    for averaging in (True, False):
+        model = NET.to_torch(0)
+        optimizer = AGD(model, SquareLoss(), averaging=averaging)
+        method = optimizer.method
+
+        def grads(params: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+            return {name: gaussian(*weight.shape, seed=7, dtype=weight.dtype) for name, weight in params.items()}
+
+        state = assert_steps_of_the_pure_form(optimizer, model, method, grads, 60)
+        torch.testing.assert_close(optimizer.current.stretches, state.stretches, rtol=1e-3, atol=0)
+        assert (state.stretches.max() > 1.01) == averaging
+
+
+def test_a_weight_that_stands_still_foresees_nothing_and_keeps_its_stretch() -> None:
+    model = NET.to_torch(0)
+    first, *others = model.parameters()
+    optimizer = AGD(model, SquareLoss(), groups=[{"params": [first], "lr": 0.0}, {"params": others}])
+    x, y = (z.float() for z in batch(0, 64))
+    for _ in range(40):
+        optimizer.zero_grad()
+        SquareLoss()(model(x), y).backward()
+        optimizer.step()
+    assert optimizer.current.foreseen[0] == 0
+    assert optimizer.current.stretches[0] == 1
+    assert optimizer.current.foreseen[1] != 0
+
+
+def test_a_skipped_step_stretches_nothing() -> None:
+    method = agd(NET, SquareLoss(), nonfinite="skip")
+    params = NET.init(0, dtype=torch.float64)
+    state, average = method.init(params), None
+    for step in range(50):
+        grads = gradients(method, params, *batch(step % 2, 32))
+        if step == 45:
+            spoilt = {name: torch.full_like(gradient, torch.nan) for name, gradient in grads.items()}
+            _, odd = method.update(spoilt, state, params, average=average)
+            assert torch.equal(odd.stretches, state.stretches)
+            assert odd.foreseen.isfinite().all()
+            assert odd.due == 0
+            state = odd
+            average = averaged(average, params, step + 1)
+            continue
+        updates, state = method.update(grads, state, params, average=average)
+        params = {name: weight + updates[name] for name, weight in params.items()}
+        average = averaged(average, params, step + 1)
+    assert state.stretches.isfinite().all()
+    assert state.foreseen.isfinite().all()
+
+
+def test_a_compiled_update_stretches_alike_and_is_compiled_once() -> None:
+    method = agd(NET, SquareLoss(), refresh=1)
+    torch.compiler.reset()
+    compiled = torch.compile(method.update, backend="eager", fullgraph=True)
+    params = NET.init(0, dtype=torch.float64)
+    state, average = method.init(params), None
+    for step in range(40):
+        grads = {name: gaussian(*weight.shape, seed=7) for name, weight in params.items()}
+        updates, after = method.update(grads, state, params, average=average)
+        same, other = compiled(grads, state, params, average=average)
+        for name, update in updates.items():
+            torch.testing.assert_close(same[name], update)
+        torch.testing.assert_close(other.stretches, after.stretches)
+        params = {name: weight + updates[name] for name, weight in params.items()}
+        state, average = after, averaged(average, params, step + 1)
+    assert state.stretches.max() > 1
+
+
+def test_a_mean_multiple_weighs_by_what_descends() -> None:
+    assert float(mean_multiple(numbers(2.0, 4.0), numbers(1.0, 1.0))) == 3
+    assert float(mean_multiple(numbers(2.0, 4.0), numbers(1.0, -5.0))) == 2
+    assert float(mean_multiple(numbers(2.0, 4.0), numbers(0.0, -5.0))) == 1
+
+
+def test_which_methods_stretch() -> None:
+    assert agd(NET, SquareLoss()).stretch == "measured"
+    assert agd(NET, SquareLoss(), momentum=None).stretch == "declared"
+    assert published(NET, SquareLoss()).stretch == "declared"
+    assert any("stretched" in x for x in agd(NET, SquareLoss()).certificate().assumptions)
+    assert not any("stretched" in x for x in agd(NET, SquareLoss(), stretch="declared").certificate().assumptions)
+    method = agd(NET, SquareLoss(), stretch="declared")
+    states, _ = train(method, lambda params, step: gradients(method, params, *batch(step % 2, 32)), 60)
+    assert states[-1].stretches.tolist() == [1.0, 1.0]
+
+
+def test_bad_options_and_averages_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="stretch"):
+        agd(NET, SquareLoss(), stretch="far")  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="measured stretch without momentum"):
+        agd(NET, SquareLoss(), momentum=None, stretch="measured")
+    method = agd(NET, SquareLoss())
+    params = NET.init(0, dtype=torch.float64)
+    grads, state = gradients(method, params, *batch(0)), method.init(params)
+    for odd, told in (
+        ({"0.weight": torch.zeros(2, 2)}, r"\(2, 2\), where the parameter has \(6, 4\)"),
+        ({"0.weight": 3.0}, "float"),
+        ([params], "dictionary"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"averaged weights.*{told}"):
+            method.update(grads, state, params, average=odd)  # type: ignore[arg-type]
+
+
+def test_explain_tells_what_went_further() -> None:
+    network = Linear(Logits(3), 6) @ ReLU() @ Linear(6, 4)
+    model = network.to_torch(0)
+    optimizer = AGD(model, CrossEntropy())
+    x, labels = gaussian(64, 4, seed=3).float(), torch.arange(64) % 3
+    for step in range(80):
+        if step == 10:
+            assert "stretch" not in str(optimizer.explain())
+        optimizer.zero_grad()
+        CrossEntropy()(model(x), labels).backward()
+        optimizer.step()
+    found = optimizer.explain()
+    assert [share.stretch for share in found.shares] == optimizer.current.stretches.tolist()
+    assert max(share.stretch for share in found.shares) > 1.01
+    assert "stretch" in str(found)
