@@ -4,7 +4,8 @@ The next batch's gradient, which a step's direction has not seen either, measure
 
     s_n = Σ_k p_k·m_k·ω_k·⟨g_n, u_n⟩     s′_n = Σ_k p_k·m_k·ω_k·⟨g_{n+1}, u_n⟩     κ = mean of s_n − s′_n / mean of e_n
 
-(p_k are the portions of step n, ``balance.py``.)
+(p_k are the portions of step n, ``balance.py``. Of weights that go further than these, ``stretch.py`` and multipliers, e_n is as many times
+more as they do in the mean.)
 
 The declared bound, of curvature h·(a·D)² along a short step, expects one of t_n to use up e_n = t_n·h·(a·D)². So κ is a secant estimate
 of the true curvature in units of the declared one: 1 where the bound tells it exactly, below 1 where it is loose, above 1 where weights
@@ -55,7 +56,8 @@ def mean_multiple(multiples: Tensor, gains: Tensor) -> Scalar:
     """
     weights = gains.clamp(min=0.0)
     total = weights.sum()
-    return torch.where(total > 0, (weights * multiples).sum() / torch.where(total > 0, total, 1.0), 1.0)
+    known = (total > 0) & total.isfinite()
+    return torch.where(known, (weights * multiples).sum() / torch.where(known, total, 1.0), 1.0)
 
 
 def looked_back(state: State, left: Tensor, reach: Tensor) -> dict[str, Any]:

@@ -133,6 +133,15 @@ class Grouped(torch.optim.Optimizer):
     @current.setter
     def current(self, state: State) -> None:
         entries, numbers, params = self._entries(), self.param_groups[0]["agd"], self._trained()
+        # an average that starts at the weights as they are has no way behind it
+        fresh = {
+            name for name, entry in entries.items() if "average" in entry and not entry.get("begun")
+        } & state.momentum.keys()
+        if fresh:
+            for name in fresh:
+                entries[name]["average"].copy_(params[name].detach())
+            lasting = state.foreseen.new_tensor([float(name not in fresh) for name in self.method.atoms])
+            state = state._replace(foreseen=state.foreseen * lasting, slopes=state.slopes * lasting)
         for what in WEIGHT_SIZED:
             for name, value in getattr(state, what).items():
                 entry, key = entries[name], memory.KEYS[what]
@@ -208,6 +217,9 @@ class Grouped(torch.optim.Optimizer):
         self.state.update(state)
         self.param_groups[:] = groups
         for name, parameter in self._trained().items():
+            if not self.averaging:
+                # it would never be renewed
+                self.state[parameter].pop("average", None)
             self._allocate(name, parameter, parameter.requires_grad)
         self._forget()
         for after in self._optimizer_load_state_dict_post_hooks.values():

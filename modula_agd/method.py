@@ -36,7 +36,7 @@ from modula_agd.norm import Direction, wide
 from modula_agd.space import finite as finite_number
 from modula_agd.state import WEIGHT_SIZED, Scalar, State
 from modula_agd.step_average import averaged
-from modula_agd.stretch import Each, foreseen, stretched
+from modula_agd.stretch import Each, stretched
 
 
 class Move(NamedTuple):
@@ -112,7 +112,9 @@ class Method(Directed):
         numbers = {name: zero for name in State._fields if name not in WEIGHT_SIZED} | {
             "magnitude": zero + plan.bound.magnitude,
             "depth": zero + plan.bound.depth,
-            **dict.fromkeys(("descents", "foreseen", "gained", "used", "counted"), zero.expand(len(self.atoms))),
+            **dict.fromkeys(
+                ("descents", "foreseen", "slopes", "gained", "used", "counted"), zero.expand(len(self.atoms))
+            ),
             **dict.fromkeys(("portions", "stretches", "rates"), torch.ones_like(plan.sizes)),
             **dict.fromkeys(("powers", "power_weights", "mean_weights"), zero.expand(self.row_count)),
             "sizes": plan.sizes,
@@ -248,8 +250,8 @@ class Method(Directed):
         descents = {n: left[n] if n in serving & left.keys() else d.pair(gradients[n]) for n, d in directions.items()}
         pairs = torch.stack([descents.get(name, zero) for name in self.atoms])
         shrinking = self._shrinking(gradients, params, device)
-        ways = self._ways(gradients, params, average or {}, zero)
-        pairs, shrinking, left_over = exchange.total(torch.stack((pairs, shrinking, ways))).unbind()
+        ways = self._ways(gradients, directions, params, average or {}, zero)
+        pairs, shrinking, ways, silent = exchange.total(torch.stack((pairs, shrinking, *ways))).unbind()
 
         sizes = self._sizes(params, device, exchange)
         reach = sizes * plan.masses * parts
@@ -265,12 +267,22 @@ class Method(Directed):
         t, finite, numbers = self._length(descent, finite, sizes, state, evidence)
         stretches = state.stretches
         if self.stretch == "measured":
-            numbers |= stretched(state, foreseen(state, plan.strides, plan.masses), left_over, finite)
-            stretches = numbers["stretches"]
+            # without averages there is no way from them
+            behind = stretched(state, ways, silent, finite) if average else {"foreseen": torch.zeros_like(pairs)}
+            numbers |= behind
+            stretches = behind.get("stretches", stretches)
             numbers["due"] = numbers["due"] * mean_multiple(stretches, reach * pairs)
         if masked:
             # made of a gradient itself, a direction may be NaN
             kept |= {name: torch.where(finite, kept[name], 0.0) for name in kept.keys() - state.lead.keys()}
+        lengths = t * plan.strides * stretches * reach
+        # no weight passes through 0, and one with a zero gradient does not move at all
+        shares = (self.decay * t * stretches * plan.masses * parts).clamp(max=1.0) * (pairs != 0)
+        if self.stretch == "measured":
+            slopes = lengths * pairs
+            if self.decay:
+                slopes = slopes + shares * shrinking / (self.decay * torch.where(plan.masses > 0, plan.masses, 1.0))
+            numbers["slopes"] = torch.where(finite & slopes.isfinite(), slopes, 0.0)
         after = state._replace(
             descent=descent,
             descents=pairs,
@@ -285,12 +297,9 @@ class Method(Directed):
             **numbers,
             **forecast(state, told),
         )
-        amounts = dict(zip(self.atoms, (-t * plan.strides * stretches * reach).unbind(), strict=True))
-        # no weight passes through 0, and one with a zero gradient does not move at all
-        moved = dict(zip(self.atoms, (pairs != 0).unbind(), strict=True))
-        lengths = dict(zip(self.atoms, (t * stretches * plan.masses * parts).unbind(), strict=True))
-        shares = {name: (self.decay * lengths[name]).clamp(max=1.0) for name in directions if self.decay}
-        shrink = {name: share * moved[name] for name, share in shares.items()}
+        amounts = dict(zip(self.atoms, (-lengths).unbind(), strict=True))
+        shrinks = dict(zip(self.atoms, shares.unbind(), strict=True))
+        shrink = {name: shrinks[name] for name in directions if self.decay}
         return Move(directions, gradients, amounts, shrink, finite if masked else None, after)
 
     def _length(
@@ -359,20 +368,24 @@ class Method(Directed):
         return torch.stack(list(parts.values()))
 
     def _ways(
-        self, gradients: Mapping[str, Tensor], params: Mapping[str, Tensor], average: Mapping[str, Tensor], zero: Scalar
-    ) -> Each:
-        """⟨g_k, w_k − w̄_k⟩ of each parameter, 0 of one without a gradient or an average."""
-        if self.stretch != "measured":
-            return zero.expand(len(self.atoms))
-        one = torch.ones_like(zero)
-        return torch.stack(
-            [
-                Direction(params[name].detach() - average[name], one).pair(gradients[name])
-                if name in gradients and name in average
-                else zero
-                for name in self.atoms
-            ]
-        )
+        self,
+        gradients: Mapping[str, Tensor],
+        directions: Mapping[str, Direction],
+        params: Mapping[str, Tensor],
+        average: Mapping[str, Tensor],
+        zero: Scalar,
+    ) -> tuple[Each, Each]:
+        """⟨g_k, w_k − w̄_k⟩ of each parameter, 0 of one without a gradient or an average; and how many of its rows do not move."""
+        none = zero.expand(len(self.atoms))
+        known = gradients.keys() & average.keys() if self.stretch == "measured" else set()
+        if not known:
+            return none, none
+        one, ways, silent = torch.ones_like(zero), list(none), list(none)
+        for index, name in enumerate(self.atoms):
+            if name in known:
+                ways[index] = Direction(params[name].detach() - average[name], one).pair(gradients[name])
+                silent[index] = directions[name].silent()
+        return torch.stack(ways), torch.stack(silent)
 
     def _check_arguments(
         self,

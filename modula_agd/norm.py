@@ -70,6 +70,11 @@ class Direction(NamedTuple):
         seen = gradient.flatten(1).count_nonzero(1).reshape(self.factor.shape) > 0
         return Direction(self.base, self.factor * seen)
 
+    def silent(self) -> Scalar:
+        """The number of rows that do not move, where the direction is made row by row; 0 elsewhere."""
+        rows = self.factor == 0 if self.factor.ndim else torch.zeros_like(self.factor, dtype=torch.bool)
+        return wide(rows.sum())
+
     def pair(self, gradient: Float[Tensor, "*shape"]) -> Scalar:
         """⟨gradient, u⟩, the descent per unit step along u, in double precision."""
         dtype = working_dtype(gradient.dtype)

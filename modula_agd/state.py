@@ -17,8 +17,8 @@ class State(NamedTuple):
         eta: η, relative step of the whole network, dimensionless.
         t: relative step of an atom of mass 1 and portion 1, dimensionless.
         descent: S, first-order decrease of the loss per unit t.
-        change: what the majorant predicted the loss to change by at most, the optimizer's multiplier not counted in. At its own minimiser
-            ≤ 0; above where relaxed or averaged steps go too far for it.
+        change: what the majorant predicted the loss to change by at most, stretches and the optimizer's multiplier not counted in. At its
+            own minimiser ≤ 0; above where relaxed or averaged steps go too far for it.
         magnitude: a, bound of the output.
         depth: D.
         descents: ⟨g_k, u_k⟩ of each parameter, in the network's order; 0 without a gradient.
@@ -34,8 +34,8 @@ class State(NamedTuple):
         realised: mean of what the loss then fell by, from one batch to the next, times ``told``.
         wander: mean square of that, times ``told``.
         told: the sum of what these three weigh.
-        due: slope that the declared curvature at t = 0 expects the last step to use up; 0 where it was left out. The optimizer's
-            multiplier is counted in.
+        due: slope that the declared curvature at t = 0 expects the last step to use up; 0 where it was left out. Stretches and the
+            optimizer's multiplier are counted in.
         fallen: mean of the slope that steps did use up; 0 where curvature is not measured, as is the next.
         expected: mean of ``due``.
         asked: mean of the steps that majorants asked for; 0 where steps are not averaged, as are the next two.
@@ -43,7 +43,8 @@ class State(NamedTuple):
         majorants: number of steps that these two hold.
         portions: p_k of each parameter: its step relative to one of equal steps.
         stretches: x_k of each parameter: how many times as far it went as its portion of the step (``stretch.py``).
-        foreseen: slope that steps foresaw along each parameter's way from its average; 0 where stretches are not measured.
+        foreseen: slope that steps before the last foresaw along each parameter's way from its average; 0 where there is none.
+        slopes: what the last step foresaw of it, the optimizer's multiplier not counted in; 0 where it was left out.
         rates: what the optimizer multiplied the last step of each parameter with, ≥ 0; 1 in the pure form.
         gained: mean of m_k·ω_k·⟨g_k, u_k⟩ of each parameter, times ``counted``; 0 where the balance is not measured, as are the next two.
         used: mean of what a step then used up of it, times ``counted``.
@@ -86,6 +87,7 @@ class State(NamedTuple):
     portions: Float[Tensor, " parameters"]
     stretches: Float[Tensor, " parameters"]
     foreseen: Float[Tensor, " parameters"]
+    slopes: Float[Tensor, " parameters"]
     rates: Float[Tensor, " parameters"]
     gained: Float[Tensor, " parameters"]
     used: Float[Tensor, " parameters"]
@@ -123,7 +125,7 @@ _NEVER_NEGATIVE = (
     "power_weights",
     "mean_weights",
 )
-_FINITE = (*_NEVER_NEGATIVE, "smoothed", "predicted", "realised", "fallen", "gained", "used", "foreseen")
+_FINITE = (*_NEVER_NEGATIVE, "smoothed", "predicted", "realised", "fallen", "gained", "used", "foreseen", "slopes")
 
 
 def complaint(found: Mapping[str, object], like: State) -> str | None:

@@ -4,8 +4,8 @@ Curvature and balance look one step ahead, and short steps find the loss more cu
 narrow valley with every step, and creeps along it, seems well measured. What it creeps along shows over more steps. The averaged weights
 w̄ (``averaging.py``) lie about n/10 steps behind the live ones. Along the way d_k = w_k − w̄_k from there to here
 
-    e_k = what the slopes that each step measured foresaw        d_k ← (1 − c_n)·(d_k + Δw_k)
-    h_k = ⟨g_{n+1}, d_k⟩, the slope that is left at its end       e_k ← (1 − c_n)·(e_k + x_k·t·p_k·m_k·ω_k·⟨g_n, u_k⟩)
+    d_k ← (1 − c_n)·(d_k + Δw_k)        h_k = ⟨g_{n+1}, d_k⟩, the slope that is left at its end
+    e_k ← (1 − c_n)·(e_k − ⟨g_n, Δw_k⟩), what the slopes that each step measured foresaw
 
 Of a quadratic h_k rises along the way from −e_k through 0, at the minimiser, to e_k, where live weights are no better than averages. A
 weight that is not past the minimiser by a quarter goes further, in a run that is twice as long at most twice as far:
@@ -13,8 +13,10 @@ weight that is not past the minimiser by a quarter goes further, in a run that i
     x_k ← x_k·exp(b_k/n),       b_k = (e_k/4 − h_k)/(|e_k|/4 + |h_k|),       1 ≤ x_k ≤ MOST
 
 No weight goes less far than its portion of t: past the minimiser h_k/e_k hardly tells steps that are too long from such as serve
-(docs/benchmarks.md). Neither the descent nor the growth counts what a weight goes further, so that t is chosen as before; measured
-curvature does, which is of the steps made. The fresh gradient changes x_k by at most 2%, so a step depends on it by as much.
+(docs/benchmarks.md). A weight some rows of which the gradient does not touch keeps its x_k: such rows move by the very gradients that
+measure them, and others see less of the way. Neither the descent nor the growth counts what a weight goes further, so that t is chosen as
+before; measured curvature does, which is of the steps made. The fresh gradient changes x_k by at most 2%, so a step depends on it by
+as much.
 """
 
 from typing import Any
@@ -36,33 +38,21 @@ FIRST, SOON = 20, 50
 """Steps before which nothing is stretched, as directions are made of too few gradients; and up to which n counts as that many."""
 
 
-def foreseen(state: State, strides: Each, masses: Each) -> Each:
-    """e_k with the last step counted in.
-
-    Args:
-        state: before the update, with all that is known of the last step.
-        strides: unit steps that each parameter goes.
-        masses: m_k.
-    """
-    lengths = state.t * state.stretches * state.portions * state.rates * strides * masses * state.sizes
-    made = lengths * state.descents
-    made = torch.where((state.due > 0) & made.isfinite(), made, 0.0)
-    return (1 - newest(state.steps.to(made.dtype).clamp(min=1))) * (state.foreseen + made)
-
-
-def stretched(state: State, promise: Each, left: Each, counts: Bool[Tensor, ""]) -> dict[str, Any]:
+def stretched(state: State, left: Each, silent: Each, counts: Bool[Tensor, ""]) -> dict[str, Any]:
     """The state's ``stretches`` and ``foreseen``, for the step that is to be made.
 
     Args:
-        state: before the update.
-        promise: e_k, as ``foreseen`` returned it.
+        state: before the update, with all that is known of the last step.
         left: h_k; 0 of a weight without a gradient or an average, which goes as far as it did.
+        silent: above 0 of a weight that has rows which the gradient does not touch.
         counts: False of a step that is left out.
     """
-    steps = state.steps.to(promise.dtype)
+    steps = state.steps.to(left.dtype)
+    promise = (1 - newest(steps.clamp(min=1))) * (state.foreseen + state.rates * state.slopes)
     wanted = PAST * promise
     total = wanted.abs() + left.abs()
     lag = torch.where(total > 0, (wanted - left) / torch.where(total > 0, total, 1.0), 0.0)
     further = (state.stretches * (lag / steps.clamp(min=SOON)).exp()).clamp(1.0, MOST)
-    counts = counts & (left != 0) & lag.isfinite() & (steps >= FIRST)
-    return {"stretches": torch.where(counts, further, state.stretches), "foreseen": promise}
+    # one that stands still says nothing of its steps
+    usable = counts & (left != 0) & (silent == 0) & (state.rates > 0) & lag.isfinite() & (steps >= FIRST)
+    return {"stretches": torch.where(usable, further, state.stretches), "foreseen": promise}

@@ -13,6 +13,7 @@ from torch import Tensor
 from modula_agd import (
     AGD,
     CrossEntropy,
+    Embedding,
     InvalidArgument,
     Linear,
     Logits,
@@ -26,7 +27,7 @@ from modula_agd.averaging import averaged
 from modula_agd.curvature import mean_multiple
 from modula_agd.state import State
 from modula_agd.stretch import FIRST, MOST, PAST, SOON, stretched
-from support import assert_steps_of_the_pure_form, batch, gaussian, gradients
+from support import assert_steps_of_the_pure_form, batch, gaussian, gradients, seeded
 
 NET = Linear(3, 6) @ ReLU() @ Linear(6, 4)
 TRUE = torch.tensor(True)
@@ -37,9 +38,11 @@ def numbers(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def before(steps: int, stretch: float = 1.0) -> State:
+def before(steps: int, promise: tuple[float, float], stretch: float = 1.0) -> State:
+    """A state after so many steps, of which the last foresaw all that was promised."""
     state = agd(NET, SquareLoss()).init(NET.init(0, dtype=torch.float64))
-    return state._replace(steps=torch.tensor(steps), stretches=numbers(stretch, stretch))
+    slopes = numbers(*promise) / (1 - 9 / (max(steps, 1) + 8)) if steps > 1 else numbers(0, 0)
+    return state._replace(steps=torch.tensor(steps), stretches=numbers(stretch, stretch), slopes=slopes)
 
 
 def train(method: Method, grads: Any, steps: int, seed: int = 0) -> tuple[list[State], list[float]]:
@@ -66,7 +69,7 @@ def train(method: Method, grads: Any, steps: int, seed: int = 0) -> tuple[list[S
 def test_a_stretch_moves_by_one_over_the_steps_and_stays_within_its_bounds(
     steps: int, stretch: float, promise: tuple[float, float], left: tuple[float, float]
 ) -> None:
-    found = stretched(before(steps, stretch), numbers(*promise), numbers(*left), TRUE)["stretches"].tolist()
+    found = stretched(before(steps, promise, stretch), numbers(*left), numbers(0, 0), TRUE)["stretches"].tolist()
     for x, e, h in zip(found, promise, left, strict=True):
         assert 1 <= x <= MOST
         if steps < FIRST or h == 0:
@@ -77,12 +80,16 @@ def test_a_stretch_moves_by_one_over_the_steps_and_stays_within_its_bounds(
 
 
 def test_what_lags_goes_further_and_what_is_past_its_minimiser_goes_back() -> None:
-    state, promise = before(100, 2.0), numbers(1.0, 1.0)
+    state, heard = before(100, (1.0, 1.0), 2.0), numbers(0, 0)
     for left, factor in ((-1.0, math.exp(0.01)), (PAST, 1.0), (1.0, math.exp(-0.006))):
-        found = stretched(state, promise, numbers(left, left), TRUE)["stretches"]
+        found = stretched(state, numbers(left, left), heard, TRUE)["stretches"]
         assert found.tolist() == pytest.approx([2 * factor] * 2)
-    assert stretched(state, promise, numbers(-1.0, -1.0), ~TRUE)["stretches"].tolist() == [2.0, 2.0]
-    assert stretched(state, promise, numbers(math.nan, -math.inf), TRUE)["stretches"].tolist() == [2.0, 2.0]
+    back = numbers(-1.0, -1.0)
+    assert stretched(state, back, heard, ~TRUE)["stretches"].tolist() == [2.0, 2.0]
+    assert stretched(state, numbers(math.nan, -math.inf), heard, TRUE)["stretches"].tolist() == [2.0, 2.0]
+    # one row of the second is not touched, and the first stands still
+    assert stretched(state, back, numbers(0, 1), TRUE)["stretches"].tolist() == [2 * math.exp(0.01), 2.0]
+    assert stretched(state._replace(rates=numbers(0, 1)), back, heard, TRUE)["stretches"][0] == 2.0
 
 
 def test_on_a_slope_that_stays_what_steps_foresaw_is_what_is_left() -> None:
@@ -93,7 +100,8 @@ def test_on_a_slope_that_stays_what_steps_foresaw_is_what_is_left() -> None:
     last = states[-1]
     c = 9 / (120 + 8)
     made = last.t * last.stretches * last.portions * last.sizes * last.descents
-    assert ((1 - c) * (last.foreseen + made)).tolist() == pytest.approx(left, rel=1e-9)
+    assert last.slopes.tolist() == pytest.approx(made.tolist())
+    assert ((1 - c) * (last.foreseen + last.slopes)).tolist() == pytest.approx(left, rel=1e-9)
     wanted = math.exp(sum(1 / max(n, SOON) for n in range(FIRST, 120)))
     assert last.stretches.tolist() == pytest.approx([wanted] * 2, rel=1e-9)
     far, _ = train(method, lambda *_: constant, 700)
@@ -154,20 +162,30 @@ def test_a_weight_that_stands_still_foresees_nothing_and_keeps_its_stretch() -> 
     assert optimizer.current.foreseen[0] == 0
     assert optimizer.current.stretches[0] == 1
     assert optimizer.current.foreseen[1] != 0
+    optimizer.param_groups[1]["lr"] = 0.0
+    still = optimizer.current.stretches.clone()
+    for _ in range(40):
+        optimizer.zero_grad()
+        SquareLoss()(model(x), y).backward()
+        optimizer.step()
+    # the first of these steps was told of one that moved
+    assert (optimizer.current.stretches / still).log().abs().max() <= 1 / SOON
 
 
-def test_a_skipped_step_stretches_nothing() -> None:
+@pytest.mark.parametrize("spoilt_by", [math.nan, math.inf, -math.inf])
+def test_a_skipped_step_stretches_nothing(spoilt_by: float) -> None:
     method = agd(NET, SquareLoss(), nonfinite="skip")
     params = NET.init(0, dtype=torch.float64)
     state, average = method.init(params), None
     for step in range(50):
         grads = gradients(method, params, *batch(step % 2, 32))
         if step == 45:
-            spoilt = {name: torch.full_like(gradient, torch.nan) for name, gradient in grads.items()}
+            spoilt = {name: torch.full_like(gradient, spoilt_by) for name, gradient in grads.items()}
             _, odd = method.update(spoilt, state, params, average=average)
             assert torch.equal(odd.stretches, state.stretches)
             assert odd.foreseen.isfinite().all()
             assert odd.due == 0
+            assert odd.slopes.tolist() == [0.0, 0.0]
             state = odd
             average = averaged(average, params, step + 1)
             continue
@@ -178,7 +196,7 @@ def test_a_skipped_step_stretches_nothing() -> None:
     assert state.foreseen.isfinite().all()
 
 
-def test_a_compiled_update_stretches_alike_and_is_compiled_once() -> None:
+def test_a_compiled_update_stretches_alike() -> None:
     method = agd(NET, SquareLoss(), refresh=1)
     torch.compiler.reset()
     compiled = torch.compile(method.update, backend="eager", fullgraph=True)
@@ -196,10 +214,64 @@ def test_a_compiled_update_stretches_alike_and_is_compiled_once() -> None:
     assert state.stretches.max() > 1
 
 
+def test_decay_is_foreseen() -> None:
+    """What decay takes is of the way: on a slope that stays, what steps foresaw is what is left with decay, too."""
+    constant = {name: gaussian(*weight.shape, seed=7) for name, weight in NET.init(0).items()}
+    states, left = train(agd(NET, SquareLoss(), decay=1.0, **PLAIN), lambda *_: constant, 120)
+    last = states[-1]
+    assert ((1 - 9 / 128) * (last.foreseen + last.slopes)).tolist() == pytest.approx(left, rel=1e-9)
+    made = last.t * last.stretches * last.portions * last.sizes * last.descents
+    assert all(last.slopes < 0.95 * made)
+
+
+def test_rows_that_are_seldom_touched_are_not_stretched() -> None:
+    net = Embedding(4, 30)
+    (name,), constant = net.weights(), gaussian(30, 4, seed=7)
+    for share, grows in ((0.1, False), (1.0, True)):
+        method = agd(net, SquareLoss(), **PLAIN)
+        params, average = net.init(0, dtype=torch.float64), None
+        state = method.init(params)
+        for step in range(100):
+            touched = torch.rand(30, generator=seeded(step)) < share
+            updates, state = method.update({name: constant * touched[:, None]}, state, params, average=average)
+            params = {name: params[name] + updates[name]}
+            average = averaged(average, params, step + 1)
+        assert (state.stretches.item() > 2) == grows
+        assert state.stretches.item() == 1 or grows
+
+
+def test_an_average_that_starts_anew_has_no_way_behind_it() -> None:
+    """An average that another optimizer kept is let go by one that keeps none, and a state that is put in place begins one."""
+    model = NET.to_torch(0)
+    optimizer = AGD(model, SquareLoss())
+    x, y = (z.float() for z in batch(0, 64))
+    for _ in range(30):
+        optimizer.zero_grad()
+        SquareLoss()(model(x), y).backward()
+        optimizer.step()
+    assert optimizer.current.foreseen.abs().min() > 0
+    plain = AGD(model, SquareLoss(), averaging=False)
+    plain.load_state_dict(optimizer.state_dict())
+    assert not any("average" in entry for entry in plain.state.values())
+    optimizer.zero_grad()
+    SquareLoss()(model(x), y).backward()
+    plain.step()
+    assert plain.current.foreseen.tolist() == [0.0, 0.0]
+    fresh = AGD(model, SquareLoss())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    fresh.current = optimizer.current
+    assert fresh.current.foreseen.tolist() == fresh.current.slopes.tolist() == [0.0, 0.0]
+    for name, value in fresh.averaged_state().items():
+        assert torch.equal(value, dict(model.named_parameters())[name])
+
+
 def test_a_mean_multiple_weighs_by_what_descends() -> None:
     assert float(mean_multiple(numbers(2.0, 4.0), numbers(1.0, 1.0))) == 3
     assert float(mean_multiple(numbers(2.0, 4.0), numbers(1.0, -5.0))) == 2
     assert float(mean_multiple(numbers(2.0, 4.0), numbers(0.0, -5.0))) == 1
+    assert float(mean_multiple(numbers(2.0, 4.0), numbers(math.inf, 1.0))) == 1
 
 
 def test_which_methods_stretch() -> None:
