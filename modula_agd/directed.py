@@ -17,6 +17,7 @@ from modula_agd.norm import Direction
 from modula_agd.polar import working_dtype
 from modula_agd.row_signal import Rows, in_momentum, in_powers, signal
 from modula_agd.state import Scalar, State
+from modula_agd.stretch import Each
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,26 @@ class Directed(Derivation):
         further = self._plan(state.t.device).strides * state.stretches
         used = weighed(state, pairs, reach, further) if self.balance == "measured" else {}
         return state._replace(**fallen, **used), left
+
+    def _ways(
+        self,
+        gradients: Mapping[str, Tensor],
+        directions: Mapping[str, Direction],
+        params: Mapping[str, Tensor],
+        average: Mapping[str, Tensor],
+        zero: Scalar,
+    ) -> tuple[Each, Each]:
+        """⟨g_k, w_k − w̄_k⟩ of each parameter, 0 of one without a gradient or an average; and how many of its rows do not move."""
+        none = zero.expand(len(self.atoms))
+        known = gradients.keys() & average.keys() if self.stretch == "measured" else set()
+        if not known:
+            return none, none
+        one, ways, silent = torch.ones_like(zero), list(none), list(none)
+        for index, name in enumerate(self.atoms):
+            if name in known:
+                ways[index] = Direction(params[name].detach() - average[name].detach(), one).pair(gradients[name])
+                silent[index] = directions[name].silent()
+        return torch.stack(ways), torch.stack(silent)
 
     def gains(self, state: State) -> Tensor:
         """p_k·m_k·ω_k·⟨g_k, u_k⟩ of each parameter: what it gave to the descent of the last step."""

@@ -1,5 +1,6 @@
 """An optimizer's dealings with ``torch.optim``: groups of parameters, what is remembered of each, saving and copying."""
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,15 +134,14 @@ class Grouped(torch.optim.Optimizer):
     @current.setter
     def current(self, state: State) -> None:
         entries, numbers, params = self._entries(), self.param_groups[0]["agd"], self._trained()
-        # an average that starts at the weights as they are has no way behind it
         fresh = {
             name for name, entry in entries.items() if "average" in entry and not entry.get("begun")
         } & state.momentum.keys()
         if fresh:
             for name in fresh:
-                entries[name]["average"].copy_(params[name].detach())
-            lasting = state.foreseen.new_tensor([float(name not in fresh) for name in self.method.atoms])
-            state = state._replace(foreseen=state.foreseen * lasting, slopes=state.slopes * lasting)
+                # the next step starts one, at the weights as they then are
+                del entries[name]["average"]
+            state = state._replace(**self._without_ways(fresh, state.foreseen, state.slopes))
         for what in WEIGHT_SIZED:
             for name, value in getattr(state, what).items():
                 entry, key = entries[name], memory.KEYS[what]
@@ -154,6 +154,11 @@ class Grouped(torch.optim.Optimizer):
                 entry["begun"] = int(name in state.momentum)
             if entry.get("begun") and name not in state.directions:
                 entry.pop("direction", None)
+
+    def _without_ways(self, names: Set[str], foreseen: Tensor, slopes: Tensor) -> dict[str, Tensor]:
+        """The state's two fields, but 0 for parameters whose average is yet to start, and has no way behind it. Waits for the device."""
+        kept = foreseen.new_tensor([float(name not in names) for name in self.method.atoms])
+        return {"foreseen": foreseen * kept, "slopes": slopes * kept}
 
     def _rates(self) -> Rates:
         """The multiplier of each group.
@@ -217,10 +222,18 @@ class Grouped(torch.optim.Optimizer):
         self.state.update(state)
         self.param_groups[:] = groups
         for name, parameter in self._trained().items():
+            entry = self.state[parameter]
             if not self.averaging:
                 # it would never be renewed
-                self.state[parameter].pop("average", None)
+                entry.pop("average", None)
+            elif entry.get("begun") and "average" not in entry:
+                # the next step starts one, at the weights as they then are
+                continue
             self._allocate(name, parameter, parameter.requires_grad)
+        late = {name for name, entry in self._entries().items() if self.averaging and "average" not in entry}
+        numbers = self.param_groups[0]["agd"]
+        if late:
+            numbers |= self._without_ways(late, numbers["foreseen"], numbers["slopes"])
         self._forget()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

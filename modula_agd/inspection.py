@@ -12,6 +12,7 @@ from modula_agd.error import InvalidArgument, NonFiniteGradient
 from modula_agd.majorisation import Evidence
 from modula_agd.norm import wide
 from modula_agd.run import Weighted
+from modula_agd.space import brief
 from modula_agd.state import WEIGHT_SIZED, Scalar, State, odd_tensors
 
 
@@ -75,6 +76,8 @@ def check_average(average: object, shapes: Mapping[str, tuple[int, ...]]) -> Non
         {name: value for name, value in average.items() if name in shapes} if isinstance(average, Mapping) else average
     )
     odd = odd_tensors("average", known, shapes)
+    if isinstance(average, Mapping) and average and not known:
+        odd = f"its names are {brief(sorted(map(str, average)))}, and none is a parameter's"
     if odd is not None:
         raise InvalidArgument(
             f"update was given averaged weights that are not the network's: {odd}. Pass what averaging.averaged returned of its "

@@ -36,7 +36,7 @@ from modula_agd.norm import Direction, wide
 from modula_agd.space import finite as finite_number
 from modula_agd.state import WEIGHT_SIZED, Scalar, State
 from modula_agd.step_average import averaged
-from modula_agd.stretch import Each, stretched
+from modula_agd.stretch import stretched
 
 
 class Move(NamedTuple):
@@ -266,7 +266,11 @@ class Method(Directed):
             reach = reach * (pairs != 0)
         t, finite, numbers = self._length(descent, finite, sizes, state, evidence)
         stretches = state.stretches
-        if self.stretch == "measured":
+        if self.stretch == "declared":
+            # a state may come from a method that measured
+            stretches, none = torch.ones_like(stretches), torch.zeros_like(stretches)
+            numbers |= {"stretches": stretches, "foreseen": none, "slopes": none}
+        else:
             # without averages there is no way from them
             behind = stretched(state, ways, silent, finite) if average else {"foreseen": torch.zeros_like(pairs)}
             numbers |= behind
@@ -366,26 +370,6 @@ class Method(Directed):
                 flat = wide(torch.dot(gradient.flatten(), params[name].detach().to(gradient.dtype).flatten()))
                 parts[name] = self.decay * self.masses[name] * flat
         return torch.stack(list(parts.values()))
-
-    def _ways(
-        self,
-        gradients: Mapping[str, Tensor],
-        directions: Mapping[str, Direction],
-        params: Mapping[str, Tensor],
-        average: Mapping[str, Tensor],
-        zero: Scalar,
-    ) -> tuple[Each, Each]:
-        """⟨g_k, w_k − w̄_k⟩ of each parameter, 0 of one without a gradient or an average; and how many of its rows do not move."""
-        none = zero.expand(len(self.atoms))
-        known = gradients.keys() & average.keys() if self.stretch == "measured" else set()
-        if not known:
-            return none, none
-        one, ways, silent = torch.ones_like(zero), list(none), list(none)
-        for index, name in enumerate(self.atoms):
-            if name in known:
-                ways[index] = Direction(params[name].detach() - average[name], one).pair(gradients[name])
-                silent[index] = directions[name].silent()
-        return torch.stack(ways), torch.stack(silent)
 
     def _check_arguments(
         self,

@@ -46,8 +46,8 @@ class AGD(Lending):
         output: which of that model's outputs the loss is taken of, as for ``from_torch``.
         groups: parameters to train, as torch's optimizers take them: tensors, pairs of name and tensor, names, or dictionaries with
             "params" and an "lr" of their own. All of the network's by default.
-        averaging: whether to keep averaged weights (one buffer of the weights' size), for ``averaged()``; by default where there
-            is momentum.
+        averaging: whether to keep averaged weights (one buffer of the weights' size), for ``averaged()`` and to tell which weights lag
+            behind them and are stretched; by default where there is momentum.
         maximize: whether what is differentiated is the negative of the loss, to be maximised: gradients and values told change sign.
         capturable: whether ``step`` may be captured in a graph and replayed: all that changes stays where it is, and nothing is
             decided on the host.
@@ -102,6 +102,10 @@ class AGD(Lending):
             if flag is not None and not isinstance(flag, bool):
                 raise InvalidArgument(f"AGD was given {name}={flag!r}, which must be True or False")
         self.averaging = self.method.momentum is not None if averaging is None else averaging
+        if options.get("stretch") == "measured" and not self.averaging:
+            raise InvalidArgument(
+                "AGD was given stretch='measured' with averaging=False, but what lags is told by averaged weights. Leave one of them out."
+            )
         self.maximize = maximize
         self.capturable = capturable
         params = parameters(self._inner, self.method.atoms)
@@ -236,7 +240,7 @@ class AGD(Lending):
             loss = None if loss is None else -loss
         grads, seen, part = self._micro.gathered(self.method, before, params, grads, self._exchange)
         averages = self._averages() if self.averaging else {}
-        held = {name: local(value) for name, value in averages.items()}
+        held = {name: local(value) for name, value in averages.items() if name in params}
         move = self.method.decide(grads, seen, params, evidence, loss, self._exchange, part, held)
         allowed, multipliers = _allowed(move, rates), self._by_name(rates)
         for name in move.gradients:
@@ -269,6 +273,8 @@ class AGD(Lending):
             move = move._replace(state=move.state._replace(mean_weights=weights))
         applied = self._applied(move, multipliers)
         due = move.state.due * self._reached(move, multipliers, applied)
+        if allowed is not None:
+            due, applied = torch.where(allowed, due, 0.0), torch.where(allowed, applied, 0.0)
         self.current = move.state._replace(**past, due=due, rates=applied)
         self._now.applied = multipliers
         self._renew_average()

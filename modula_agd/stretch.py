@@ -48,7 +48,8 @@ def stretched(state: State, left: Each, silent: Each, counts: Bool[Tensor, ""]) 
         counts: False of a step that is left out.
     """
     steps = state.steps.to(left.dtype)
-    promise = (1 - newest(steps.clamp(min=1))) * (state.foreseen + state.rates * state.slopes)
+    moved = torch.where(state.rates > 0, state.rates * state.slopes, 0.0)
+    promise = (1 - newest(steps.clamp(min=1))) * (state.foreseen + moved)
     wanted = PAST * promise
     total = wanted.abs() + left.abs()
     lag = torch.where(total > 0, (wanted - left) / torch.where(total > 0, total, 1.0), 0.0)

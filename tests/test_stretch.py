@@ -290,6 +290,8 @@ def test_bad_options_and_averages_are_refused() -> None:
         agd(NET, SquareLoss(), stretch="far")  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match="measured stretch without momentum"):
         agd(NET, SquareLoss(), momentum=None, stretch="measured")
+    with pytest.raises(InvalidArgument, match="averaging=False"):
+        AGD(NET.to_torch(0), SquareLoss(), stretch="measured", averaging=False)
     method = agd(NET, SquareLoss())
     params = NET.init(0, dtype=torch.float64)
     grads, state = gradients(method, params, *batch(0)), method.init(params)
@@ -297,6 +299,7 @@ def test_bad_options_and_averages_are_refused() -> None:
         ({"0.weight": torch.zeros(2, 2)}, r"\(2, 2\), where the parameter has \(6, 4\)"),
         ({"0.weight": 3.0}, "float"),
         ([params], "dictionary"),
+        ({"module.0.weight": torch.zeros(6, 4)}, "none is a parameter"),
     ):
         with pytest.raises(InvalidArgument, match=f"averaged weights.*{told}"):
             method.update(grads, state, params, average=odd)  # type: ignore[arg-type]
@@ -317,3 +320,73 @@ def test_explain_tells_what_went_further() -> None:
     assert [share.stretch for share in found.shares] == optimizer.current.stretches.tolist()
     assert max(share.stretch for share in found.shares) > 1.01
     assert "stretch" in str(found)
+
+
+def test_a_multiplier_that_is_no_number_leaves_no_trace() -> None:
+    model, rate = NET.to_torch(0), torch.tensor(1.0)
+    optimizer = AGD(model, SquareLoss(), refresh=1, capturable=True)
+    optimizer.param_groups[0]["lr"] = rate
+    x, y = (z.float() for z in batch(0, 64))
+    for step in range(60):
+        rate.fill_({30: math.nan, 40: math.inf, 45: -1.0}.get(step, 1.0))
+        optimizer.zero_grad()
+        SquareLoss()(model(x), y).backward()
+        optimizer.step()
+        if step in (30, 40, 45):
+            assert optimizer.current.due == 0
+            assert optimizer.current.rates.tolist() == [0.0, 0.0]
+    assert optimizer.current.foreseen.isfinite().all()
+    AGD(NET.to_torch(0), SquareLoss(), refresh=1, capturable=True).load_state_dict(optimizer.state_dict())
+
+
+def test_a_method_that_does_not_stretch_undoes_what_another_stretched() -> None:
+    measured, declared = agd(NET, SquareLoss()), agd(NET, SquareLoss(), stretch="declared")
+    params = NET.init(0, dtype=torch.float64)
+    grads = gradients(measured, params, *batch(0))
+    state = measured.update(grads, measured.init(params), params)[1]._replace(stretches=numbers(3.0, 2.0))
+    far, _ = measured.update(grads, state, params)
+    short, after = declared.update(grads, state, params)
+    for (name, update), x in zip(far.items(), (3.0, 2.0), strict=True):
+        torch.testing.assert_close(update, x * short[name])
+    assert after.stretches.tolist() == [1.0, 1.0]
+    assert after.foreseen.tolist() == after.slopes.tolist() == [0.0, 0.0]
+
+
+def test_an_average_that_a_loaded_state_lacks_starts_at_the_weights_of_the_next_step() -> None:
+    """Whether the state or the weights are loaded first."""
+    model = NET.to_torch(0)
+    optimizer = AGD(model, SquareLoss(), averaging=False)
+    x, y = (z.float() for z in batch(0, 64))
+
+    def step(model: Any, optimizer: AGD) -> None:
+        optimizer.zero_grad()
+        SquareLoss()(model(x), y).backward()
+        optimizer.step()
+
+    for _ in range(50):
+        step(model, optimizer)
+    for put in ("load", "set"):
+        other = NET.to_torch(7)
+        fresh = AGD(other, SquareLoss())
+        if put == "load":
+            fresh.load_state_dict(optimizer.state_dict())
+        else:
+            fresh.current = optimizer.current
+        other.load_state_dict(model.state_dict())
+        for name, value in fresh.averaged_state().items():
+            assert torch.equal(value, model.state_dict()[name])
+        assert fresh.current.foreseen.tolist() == fresh.current.slopes.tolist() == [0.0, 0.0]
+        step(other, fresh)
+        for name, value in fresh.averaged_state().items():
+            before, now = model.state_dict()[name], other.state_dict()[name]
+            torch.testing.assert_close(value, before + 9 / (51 + 8) * (now - before))
+
+
+def test_averages_that_ask_for_gradients_leave_no_graph() -> None:
+    method = agd(NET, SquareLoss())
+    params = NET.init(0)
+    grads, state = gradients(method, params, *[z.float() for z in batch(0)]), method.init(params)
+    for _ in range(25):
+        average = {name: torch.nn.Parameter(weight + 1) for name, weight in params.items()}
+        updates, state = method.update(grads, state, params, average=average)
+    assert not any(value.requires_grad for value in (*updates.values(), state.stretches, state.due))
