@@ -32,6 +32,7 @@ from modula_agd import (
     Tanh,
     agd,
 )
+from modula_agd.averaging import averaged
 from modula_agd.torch_module import TorchModule
 from support import gaussian, same
 
@@ -65,18 +66,19 @@ def equal(x: dict[str, Tensor], y: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize(
     "options", [{}, {"sizes": "tracked"}, {"search": ClosedForm(), "direction": "frobenius"}, {"nonfinite": "skip"}]
 )
-def test_twenty_steps_equal_those_of_the_functional_method(options: dict[str, Any]) -> None:
+def test_thirty_steps_equal_those_of_the_functional_method(options: dict[str, Any]) -> None:
     model = model_of()
     optimizer = AGD(model, LOSS, **options)
     method = agd(NET, LOSS, **options)
     params = weights(model)
-    state = method.init(params)
-    for _ in range(20):
+    state, average = method.init(params), None
+    for step in range(30):
         train(model, optimizer, 1)
         leaves = {name: weight.requires_grad_() for name, weight in params.items()}
         grads = torch.autograd.grad(method.objective(leaves, INPUTS, TARGETS), list(leaves.values()))
-        updates, state = method.update(dict(zip(leaves, grads, strict=True)), state, leaves)
+        updates, state = method.update(dict(zip(leaves, grads, strict=True)), state, leaves, average=average)
         params = {name: weight.detach() + updates[name] for name, weight in leaves.items()}
+        average = averaged(average, params, step + 1)
     # written over in place, a product and a sum are rounded once instead of twice
     for mine, theirs in zip(
         tree_leaves((weights(model), optimizer.current)), tree_leaves((params, state)), strict=True
