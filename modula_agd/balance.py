@@ -22,17 +22,13 @@ chosen as before. Both means are of past gradients alone, so that the fresh one 
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from modula_agd.state import State
+from modula_agd.state import Each, State
 
 MEMORY = 0.98
 """Weight of the past in both means: about the last fifty steps."""
 RANGE = 4.0
 """A portion's ratio is kept within this factor of the whole network's."""
-
-Each = Float[Tensor, " parameters"]
 
 
 def portions(state: State, depths: Each) -> Each:

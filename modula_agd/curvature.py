@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modula_agd.state import Scalar, State
+from modula_agd.state import Each, Scalar, State
 
 MEMORY = 0.95
 """Weight of the past in both means: about the last twenty steps."""
@@ -47,7 +47,7 @@ def curvature(state: State, steady: Scalar, noise: float) -> Scalar:
     return torch.where(known, torch.maximum(ratio, least), 1.0).clamp(max=MOST)
 
 
-def mean_multiple(multiples: Tensor, gains: Tensor) -> Scalar:
+def mean_multiple(multiples: Each, gains: Each) -> Scalar:
     """How many times as much slope a step is to use up, of which each weight goes so many times as far; 1 where nothing descends.
 
     Args:

@@ -16,8 +16,7 @@ from modula_agd.held_out import begun, lead, renewed, short_dtype
 from modula_agd.norm import Direction
 from modula_agd.polar import working_dtype
 from modula_agd.row_signal import Rows, in_momentum, in_powers, signal
-from modula_agd.state import Scalar, State
-from modula_agd.stretch import Each
+from modula_agd.state import Each, Scalar, State
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ class Directed(Derivation):
                 silent[index] = directions[name].silent()
         return torch.stack(ways), torch.stack(silent)
 
-    def gains(self, state: State) -> Tensor:
+    def gains(self, state: State) -> Each:
         """p_k·m_k·ω_k·⟨g_k, u_k⟩ of each parameter: what it gave to the descent of the last step."""
         return state.portions * self._plan(state.t.device).masses * state.sizes * state.descents
 

@@ -221,17 +221,16 @@ class Grouped(torch.optim.Optimizer):
         self.state.clear()
         self.state.update(state)
         self.param_groups[:] = groups
-        for name, parameter in self._trained().items():
-            entry = self.state[parameter]
-            if not self.averaging:
-                # it would never be renewed
+        entries, numbers = self._entries(), self.param_groups[0]["agd"]
+        if not self.averaging:
+            # they would never be renewed
+            for entry in entries.values():
                 entry.pop("average", None)
-            elif entry.get("begun") and "average" not in entry:
-                # the next step starts one, at the weights as they then are
-                continue
-            self._allocate(name, parameter, parameter.requires_grad)
-        late = {name for name, entry in self._entries().items() if self.averaging and "average" not in entry}
-        numbers = self.param_groups[0]["agd"]
+        # the next step starts one, at the weights as they then are
+        late = {n for n, entry in entries.items() if self.averaging and entry.get("begun") and "average" not in entry}
+        for name, parameter in self._trained().items():
+            if name not in late:
+                self._allocate(name, parameter, parameter.requires_grad)
         if late:
             numbers |= self._without_ways(late, numbers["foreseen"], numbers["slopes"])
         self._forget()

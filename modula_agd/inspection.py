@@ -72,12 +72,12 @@ def check_average(average: object, shapes: Mapping[str, tuple[int, ...]]) -> Non
     """Raise ``InvalidArgument`` unless averaged weights are tensors of the shapes of parameters; others may be among them."""
     if average is None:
         return
-    known = (
-        {name: value for name, value in average.items() if name in shapes} if isinstance(average, Mapping) else average
-    )
-    odd = odd_tensors("average", known, shapes)
-    if isinstance(average, Mapping) and average and not known:
-        odd = f"its names are {brief(sorted(map(str, average)))}, and none is a parameter's"
+    known, odd = average, None
+    if isinstance(average, Mapping):
+        known = {name: value for name, value in average.items() if name in shapes}
+        if average and not known:
+            odd = f"its names are {brief(sorted(map(str, average)))}, and none is a parameter's"
+    odd = odd or odd_tensors("average", known, shapes)
     if odd is not None:
         raise InvalidArgument(
             f"update was given averaged weights that are not the network's: {odd}. Pass what averaging.averaged returned of its "

@@ -16,7 +16,9 @@ class Lending(Grouped):
     """An optimizer that keeps averaged weights where ``averaging`` is true."""
 
     def _averages(self) -> dict[str, Tensor]:
-        """The averages that there are, by name."""
+        """The averages that there are, by name; none where none are kept."""
+        if not self.averaging:
+            return {}
         begun = {name: entry for name, entry in self._entries().items() if entry.get("begun")}
         statistics = self.param_groups[0]["agd"]["buffers"] if begun else {}
         return {**{name: entry["average"] for name, entry in begun.items() if "average" in entry}, **statistics}

@@ -34,7 +34,7 @@ from modula_agd.inspection import check_average, check_finite, check_parameters,
 from modula_agd.majorisation import Evidence
 from modula_agd.norm import Direction, wide
 from modula_agd.space import finite as finite_number
-from modula_agd.state import WEIGHT_SIZED, Scalar, State
+from modula_agd.state import WEIGHT_SIZED, Each, Scalar, State
 from modula_agd.step_average import averaged
 from modula_agd.stretch import stretched
 
@@ -249,13 +249,13 @@ class Method(Directed):
         serving = {name for name, direction in directions.items() if direction.base is state.directions.get(name)}
         descents = {n: left[n] if n in serving & left.keys() else d.pair(gradients[n]) for n, d in directions.items()}
         pairs = torch.stack([descents.get(name, zero) for name in self.atoms])
-        shrinking = self._shrinking(gradients, params, device)
+        pulls = self._pulls(gradients, params, zero)
         ways = self._ways(gradients, directions, params, average or {}, zero)
-        pairs, shrinking, ways, silent = exchange.total(torch.stack((pairs, shrinking, *ways))).unbind()
+        pairs, pulls, ways, silent = exchange.total(torch.stack((pairs, pulls, *ways))).unbind()
 
         sizes = self._sizes(params, device, exchange)
         reach = sizes * plan.masses * parts
-        descent = (reach * pairs).sum() + (parts * shrinking).sum()
+        descent = (reach * pairs).sum() + (self.decay * plan.masses * parts * pulls).sum()
         finite = descent.isfinite()
         masked = self._masked(device)
         if not masked:
@@ -265,27 +265,25 @@ class Method(Directed):
             # a zero gradient means a zero step of its weight, whatever the past says
             reach = reach * (pairs != 0)
         t, finite, numbers = self._length(descent, finite, sizes, state, evidence)
-        stretches = state.stretches
-        if self.stretch == "declared":
-            # a state may come from a method that measured
-            stretches, none = torch.ones_like(stretches), torch.zeros_like(stretches)
-            numbers |= {"stretches": stretches, "foreseen": none, "slopes": none}
-        else:
+        # a state may come from a method that measured
+        numbers |= {
+            "stretches": torch.ones_like(pairs),
+            "foreseen": torch.zeros_like(pairs),
+            "slopes": torch.zeros_like(pairs),
+        }
+        if self.stretch == "measured":
             # without averages there is no way from them
-            behind = stretched(state, ways, silent, finite) if average else {"foreseen": torch.zeros_like(pairs)}
-            numbers |= behind
-            stretches = behind.get("stretches", stretches)
-            numbers["due"] = numbers["due"] * mean_multiple(stretches, reach * pairs)
+            numbers |= stretched(state, ways, silent, finite) if average else {"stretches": state.stretches}
+            numbers["due"] = numbers["due"] * mean_multiple(numbers["stretches"], reach * pairs)
+        further = t * numbers["stretches"]
         if masked:
             # made of a gradient itself, a direction may be NaN
             kept |= {name: torch.where(finite, kept[name], 0.0) for name in kept.keys() - state.lead.keys()}
-        lengths = t * plan.strides * stretches * reach
+        lengths = further * plan.strides * reach
         # no weight passes through 0, and one with a zero gradient does not move at all
-        shares = (self.decay * t * stretches * plan.masses * parts).clamp(max=1.0) * (pairs != 0)
+        shares = (self.decay * further * plan.masses * parts).clamp(max=1.0) * (pairs != 0)
         if self.stretch == "measured":
-            slopes = lengths * pairs
-            if self.decay:
-                slopes = slopes + shares * shrinking / (self.decay * torch.where(plan.masses > 0, plan.masses, 1.0))
+            slopes = lengths * pairs + shares * pulls
             numbers["slopes"] = torch.where(finite & slopes.isfinite(), slopes, 0.0)
         after = state._replace(
             descent=descent,
@@ -362,13 +360,12 @@ class Method(Directed):
 
     # -- parts of an update ----------------------------------------------------------------------------------------------
 
-    def _shrinking(self, gradients: Mapping[str, Tensor], params: Mapping[str, Tensor], device: torch.device) -> Tensor:
-        """What decay of each parameter alone lowers the loss by, to first order and per unit t: λ·m_k·⟨g_k, W_k⟩."""
-        parts = dict.fromkeys(self.atoms, torch.zeros((), device=device, dtype=precise(device)))
+    def _pulls(self, gradients: Mapping[str, Tensor], params: Mapping[str, Tensor], zero: Scalar) -> Each:
+        """⟨g_k, W_k⟩ of each parameter, what a loss falls by as a weight decays, to first order and per unit share; 0 without decay."""
+        parts = dict.fromkeys(self.atoms, zero)
         if self.decay:
             for name, gradient in gradients.items():
-                flat = wide(torch.dot(gradient.flatten(), params[name].detach().to(gradient.dtype).flatten()))
-                parts[name] = self.decay * self.masses[name] * flat
+                parts[name] = wide(torch.dot(gradient.flatten(), params[name].detach().to(gradient.dtype).flatten()))
         return torch.stack(list(parts.values()))
 
     def _check_arguments(

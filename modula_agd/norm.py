@@ -72,8 +72,7 @@ class Direction(NamedTuple):
 
     def silent(self) -> Scalar:
         """The number of rows that do not move, where the direction is made row by row; 0 elsewhere."""
-        rows = self.factor == 0 if self.factor.ndim else torch.zeros_like(self.factor, dtype=torch.bool)
-        return wide(rows.sum())
+        return wide((self.factor == 0).sum() if self.factor.ndim else torch.zeros_like(self.factor))
 
     def pair(self, gradient: Float[Tensor, "*shape"]) -> Scalar:
         """⟨gradient, u⟩, the descent per unit step along u, in double precision."""

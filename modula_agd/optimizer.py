@@ -239,8 +239,7 @@ class AGD(Lending):
             grads = {name: None if gradient is None else -gradient for name, gradient in grads.items()}
             loss = None if loss is None else -loss
         grads, seen, part = self._micro.gathered(self.method, before, params, grads, self._exchange)
-        averages = self._averages() if self.averaging else {}
-        held = {name: local(value) for name, value in averages.items() if name in params}
+        held = {name: local(value) for name, value in self._averages().items() if name in params}
         move = self.method.decide(grads, seen, params, evidence, loss, self._exchange, part, held)
         allowed, multipliers = _allowed(move, rates), self._by_name(rates)
         for name in move.gradients:

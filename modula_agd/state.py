@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Scalar = Float[Tensor, ""]
+Each = Float[Tensor, " parameters"]
 
 
 class State(NamedTuple):

@@ -22,13 +22,11 @@ as much.
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from modula_agd.averaging import newest
-from modula_agd.state import State
-
-Each = Float[Tensor, " parameters"]
+from modula_agd.state import Each, State
 
 PAST = 1 / 4
 """How far past the minimiser along its way, in units of the way there, a weight is that goes no further."""

@@ -98,7 +98,7 @@ class Trainer:
             params,
             evidence=evidence,
             value=value,
-            average=point.average if point.step else None,
+            average=point.average,
             exchange=self.exchange,
         )
         moved = {name: weight + updates[name] if name in updates else weight for name, weight in params.items()}
