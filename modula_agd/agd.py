@@ -61,8 +61,9 @@ def agd(
             tends to at most size/λ (times sqrt(i) of rows into logits, which go so much further). Counted in the growth, which the step
             is then shorter by.
         relaxation: multiple > 0 of its minimiser that a majorant asks for. "auto" is, where curvature is measured,
-            between 1 and 2, the longer the less steady the measured descents are (``held_out.py``), but 1 for a captured model,
-            whose bound is as tight as it is uncertain; 1 elsewhere. Above 1 it is assumed, not derived, that the loss bears it.
+            1 at first and up to 2 as the run goes on, the longer the less steady the measured descents are (``held_out.py``), but 1 for a
+            captured model, whose bound is as tight as it is uncertain; 1 elsewhere. Above 1 it is assumed, not derived, that the loss
+            bears it.
         precision: in which polar factors are iterated: "half" is bfloat16, whatever the weights; "full" float32, or float64 of
             such weights, and nothing that is kept is shorter. "auto" iterates in bfloat16 on CUDA, but for float64, and in float32
             elsewhere; directions are made of past gradients in bfloat16 then.

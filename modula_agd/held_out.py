@@ -21,13 +21,14 @@ counts as that many. Where weights had outgrown their declared sizes, loss and s
 measurements rises by at most 6% a step at β_s = 0.95, and a tenfold rise takes forty.
 
 Of the same measurements follows how far beyond the minimiser a step may go. By a quadratic, twice the minimiser is the longest step
-that does not raise the loss; live weights are then no better for it, but their average is, about which they move. So a majorant
-asks for (2 − q) minimisers, with
+that does not raise the loss; live weights are then no better for it, but their average is, about which they move, once it is
+of many steps. So step n's majorant asks for r_n minimisers, with
 
-    q = Ŝ²/mean of s²
+    r_n = 1 + (1 − q)·(1 − c_n^¼)       q = Ŝ²/mean of s²
 
-which is 1 where descents are all alike, and the step the majorant's own; it tends to 0 where they come to nothing in the mean, by
-the noise of batches or as weights go back and forth across a valley.
+c_n = 9/(n + 8) is what the newest weights count for in the average (``averaging.py``), so that the first steps are their majorant's own.
+q is 1 where descents are all alike; it tends to 0 where they come to nothing in the mean, by the noise of batches or as weights go
+back and forth across a valley.
 """
 
 import math
@@ -37,12 +38,15 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from modula_agd.averaging import newest
 from modula_agd.polar import working_dtype
 from modula_agd.state import Scalar, State
 
 OUTLIER = 1.5
 """Root-mean-squares from which a measured descent is cut, chosen by training losses (docs/benchmarks.md). Above 1, or pure noise
 would wear the mean down to 0."""
+LATE = 1 / 4
+"""Power of c_n with which steps come to go beyond their minimisers, chosen by training losses (docs/benchmarks.md)."""
 
 
 def measured(descent: Scalar, state: State, smoothing: float | None) -> tuple[Scalar, Scalar, Scalar, Scalar]:
@@ -78,6 +82,16 @@ def steadiness(smoothed: Scalar, scale: Scalar, weight: Scalar) -> Scalar:
     known = scale > 0
     mean = smoothed.clamp(min=0.0).square()
     return torch.where(known, mean / torch.where(known, scale * weight, 1.0), 1.0).clamp(max=1.0)
+
+
+def relaxed(steady: Scalar, steps: Scalar) -> Scalar:
+    """r_n, how many minimisers a majorant asks for: from 1 to 2 − q, the longer there have been averages to gain by it.
+
+    Args:
+        steady: q.
+        steps: n ≥ 1, this one counted, those left out not.
+    """
+    return 1 + (1 - steady) * (1 - newest(steps.to(steady.dtype)) ** LATE)
 
 
 def lead(momentum: float, period: int) -> float:

@@ -18,6 +18,7 @@ from modula_agd.state import WEIGHT_SIZED, Scalar, State, odd_tensors
 
 def check_parameters(atoms: Mapping[str, Weighted], params: Mapping[str, Tensor]) -> None:
     """Raise ``InvalidArgument`` unless the parameters are those that the atoms declare."""
+    _check_named("init", params)
     if set(params) != set(atoms):
         raise InvalidArgument(
             f"the method was built for a network with parameters {sorted(atoms)}, but was given {sorted(params)}. "
@@ -41,6 +42,7 @@ def check_update(
             f"update takes gradients by name and a state, but got {type(grads).__name__} and {type(state).__name__}. "
             "Call method.update(grads, state, params) with the state that method.init(params) returned."
         )
+    _check_named("update", params)
     missing = atoms.keys() - params.keys()
     if missing:
         raise InvalidArgument(f"update was given parameters without {sorted(missing)}. Pass all of the network's.")
@@ -158,3 +160,11 @@ def loss_told(value: object, state: State) -> Scalar | None:
     raise InvalidArgument(
         f"an update was told the loss {what}. Pass value=loss, the mean loss of the batch as one number."
     )
+
+
+def _check_named(what: str, params: object) -> None:
+    if not isinstance(params, Mapping):
+        raise InvalidArgument(
+            f"{what} takes parameters by name, but got {type(params).__name__}. Pass the dictionary that network.init() returns, or "
+            "dict(model.named_parameters())."
+        )

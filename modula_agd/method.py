@@ -29,7 +29,7 @@ from modula_agd.directed import Directed, unless
 from modula_agd.error import InvalidArgument
 from modula_agd.exchange import ALONE, Exchange
 from modula_agd.forecast import forecast
-from modula_agd.held_out import measured, steadiness
+from modula_agd.held_out import measured, relaxed, steadiness
 from modula_agd.inspection import check_average, check_finite, check_parameters, check_step, check_update, loss_told
 from modula_agd.majorisation import Evidence
 from modula_agd.norm import Direction, wide
@@ -323,7 +323,8 @@ class Method(Directed):
         majorant = declared if factor is None else declared.curved(factor)
         t, change = self.search.minimum(majorant)
         if self.relaxation != 1:
-            t = (2.0 - steady if self.relaxation is None else self.relaxation) * t
+            counted = state.steps - state.skipped + 1
+            t = (relaxed(steady, counted) if self.relaxation is None else self.relaxation) * t
         # sizes or magnitudes near the ends of the number range can overflow on the way to a step, in the weights' precision too
         finite = finite & t.float().isfinite()
         if not self._masked(descent.device):

@@ -175,9 +175,17 @@ class Network(ABC):
             generator: the source of randomness, or a seed for one on the CPU; equal seeds give equal weights.
             device: where the weights shall live.
             dtype: their dtype; drawn in float64 and rounded once.
+
+        Raises:
+            InvalidArgument: the generator is neither.
         """
         if isinstance(generator, int):
             generator = torch.Generator().manual_seed(generator)
+        if not isinstance(generator, torch.Generator):
+            raise InvalidArgument(
+                f"initial weights of {self!r} were asked for with {generator!r} in the place of a generator. Pass a seed such as 0, or a "
+                "torch.Generator."
+            )
         place = torch.device(device)
         return {name: atom.draw(generator, place, dtype) for name, atom in self.weights().items()}
 

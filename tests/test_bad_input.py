@@ -51,6 +51,10 @@ NETWORK = Linear(2, 3) @ Tanh() @ Linear(3, 4)
         lambda: agd(NETWORK, SquareLoss(), search="certified"),
         lambda: agd(NETWORK, SquareLoss(), magnitude=float("inf")),
         lambda: AGD(NETWORK.to_torch(0), SquareLoss(), lr=1e-3),
+        lambda: NETWORK.init("a"),
+        lambda: NETWORK.init(None),
+        lambda: NETWORK.to_torch(1.5),
+        lambda: agd(NETWORK, SquareLoss()).init(NETWORK),
     ],
 )
 def test_wrong_declarations(build) -> None:
@@ -245,8 +249,9 @@ def test_classes_along_channels_are_refused_rather_than_softmaxed_over_columns()
         (lambda g, s, p: (g, s._replace(momentum={"0.weight": torch.ones(2, 2)}), p), "another method"),
         (lambda g, s, p: (g, s._replace(momentum={"other": torch.ones(2, 2)}), p), "another method"),
         (lambda g, s, p: (g, s._replace(momentum=None), p), "another method"),
+        (lambda g, s, p: (g, s, NETWORK), "parameters by name"),
     ],
-    ids=["another gradient", "a number", "another shape", "another name", "no momentum"],
+    ids=["another gradient", "a number", "another shape", "another name", "no momentum", "a network"],
 )
 def test_gradients_and_states_of_something_else_are_refused(spoil, match) -> None:
     method = agd(NETWORK, SquareLoss())

@@ -27,7 +27,7 @@ from modula_agd import (
     agd,
     residual,
 )
-from modula_agd.held_out import OUTLIER, lead, measured, renewed, steadiness
+from modula_agd.held_out import OUTLIER, lead, measured, relaxed, renewed, steadiness
 from modula_agd.train import task
 from support import gradients
 
@@ -129,8 +129,8 @@ def test_steps_shrink_where_gradients_are_noise_alone() -> None:
     assert total[held] < 0.4 * total[direct]
 
 
-def test_a_step_goes_to_the_minimiser_where_descents_agree_and_twice_as_far_where_they_are_noise() -> None:
-    """(2 − q) minimisers, q = Ŝ²/mean of s², against the lists of all descents."""
+def test_a_step_goes_to_the_minimiser_where_descents_agree_and_further_late_in_the_run_where_they_are_noise() -> None:
+    """1 + (1 − q)·(1 − c_n^¼) minimisers, q = Ŝ²/mean of s², against the lists of all descents."""
     method = agd(NET, SquareLoss(), momentum=BETA, step_average=None)
     exact = agd(NET, SquareLoss(), momentum=BETA, relaxation=1.0, step_average=None)
     params = NET.init(0, dtype=torch.float64)
@@ -149,7 +149,8 @@ def test_a_step_goes_to_the_minimiser_where_descents_agree_and_twice_as_far_wher
             for power in (1, 2)
         )
         shares.append(max(mean, 0.0) ** 2 / square)
-        assert float(state.t) == pytest.approx((2 - shares[-1]) * float(plain.t), rel=1e-9)
+        multiple = 1 + (1 - shares[-1]) * (1 - (9 / (step + 9)) ** 0.25)
+        assert float(state.t) == pytest.approx(multiple * float(plain.t), rel=1e-9)
     assert shares[0] == 1
     assert min(shares) < 0.9
     assert all(0 <= share <= 1 for share in shares)
@@ -168,6 +169,16 @@ def test_steadiness(descents: list[float], low: float, high: float) -> None:
         _, *counted = measured(torch.tensor(s, dtype=torch.float64), state, 0.95)
         state = state._replace(smoothed=counted[0], scale=counted[1], weight=counted[2])
     assert low - 1e-9 <= float(steadiness(*counted)) <= high + 1e-9
+
+
+def test_steps_come_to_go_beyond_their_minimisers_as_the_averages_do_of_many() -> None:
+    noise, count = torch.zeros((), dtype=torch.float64), torch.arange(1, 10**6, dtype=torch.int64)
+    multiples = relaxed(noise, count)
+    assert multiples[0] == 1
+    assert bool((multiples.diff() > 0).all())
+    assert 1.9 < multiples[-1] < 2
+    assert multiples[count == 100].item() == pytest.approx(1.463, abs=1e-3)
+    assert bool((relaxed(noise + 1, count) == 1).all())
 
 
 def test_an_outlier_counts_as_so_many_root_mean_squares() -> None:
