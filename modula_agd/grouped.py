@@ -1,6 +1,6 @@
 """An optimizer's dealings with ``torch.optim``: groups of parameters, what is remembered of each, saving and copying."""
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from modula_agd.method import Method
 from modula_agd.placement import spread
 from modula_agd.polar import working_dtype
 from modula_agd.space import finite
-from modula_agd.state import WEIGHT_SIZED, State
+from modula_agd.state import WAYS, WEIGHT_SIZED, State
 
 Rates = list[float | Tensor]
 """What multiplies the step of each group: a number that was looked at, or a tensor that the device looks at."""
@@ -141,7 +141,7 @@ class Grouped(torch.optim.Optimizer):
             for name in fresh:
                 # the next step starts one, at the weights as they then are
                 del entries[name]["average"]
-            state = state._replace(**self._without_ways(fresh, state.foreseen, state.slopes))
+            state = state._replace(**self._without_ways(fresh, state._asdict()))
         for what in WEIGHT_SIZED:
             for name, value in getattr(state, what).items():
                 entry, key = entries[name], memory.KEYS[what]
@@ -155,10 +155,10 @@ class Grouped(torch.optim.Optimizer):
             if entry.get("begun") and name not in state.directions:
                 entry.pop("direction", None)
 
-    def _without_ways(self, names: Set[str], foreseen: Tensor, slopes: Tensor) -> dict[str, Tensor]:
-        """The state's two fields, but 0 for parameters whose average is yet to start, and has no way behind it. Waits for the device."""
-        kept = foreseen.new_tensor([float(name not in names) for name in self.method.atoms])
-        return {"foreseen": foreseen * kept, "slopes": slopes * kept}
+    def _without_ways(self, names: Set[str], numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the state's numbers tell of ways, but 0 for parameters whose average is yet to start. Waits for the device."""
+        kept = numbers["slopes"].new_tensor([float(name not in names) for name in self.method.atoms])
+        return {field: numbers[field] * kept for field in WAYS}
 
     def _rates(self) -> Rates:
         """The multiplier of each group.
@@ -232,7 +232,7 @@ class Grouped(torch.optim.Optimizer):
             if name not in late:
                 self._allocate(name, parameter, parameter.requires_grad)
         if late:
-            numbers |= self._without_ways(late, numbers["foreseen"], numbers["slopes"])
+            numbers |= self._without_ways(late, numbers)
         self._forget()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

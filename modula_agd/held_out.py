@@ -26,9 +26,9 @@ of many steps. So step n's majorant asks for r_n minimisers, with
 
     r_n = 1 + (1 − q)·(1 − c_n^¼)       q = Ŝ²/mean of s²
 
-c_n = 9/(n + 8) is what the newest weights count for in the average (``averaging.py``), so that the first steps are their majorant's own.
-q is 1 where descents are all alike; it tends to 0 where they come to nothing in the mean, by the noise of batches or as weights go
-back and forth across a valley.
+c_n = 9/(n + 8) is what the newest weights count for in the average (``averaging.py``; here, steps that were left out are not counted),
+so that the first step is its majorant's own. q is 1 where descents are all alike; it tends to 0 where they come to nothing in the mean,
+by the noise of batches or as weights go back and forth across a valley.
 """
 
 import math
@@ -46,7 +46,8 @@ OUTLIER = 1.5
 """Root-mean-squares from which a measured descent is cut, chosen by training losses (docs/benchmarks.md). Above 1, or pure noise
 would wear the mean down to 0."""
 LATE = 1 / 4
-"""Power of c_n with which steps come to go beyond their minimisers, chosen by training losses (docs/benchmarks.md)."""
+"""Power of c_n with which steps come to go beyond their minimisers, chosen by losses in training and on a tenth of the training data that
+was held out of it (docs/benchmarks.md)."""
 
 
 def measured(descent: Scalar, state: State, smoothing: float | None) -> tuple[Scalar, Scalar, Scalar, Scalar]:
@@ -91,7 +92,7 @@ def relaxed(steady: Scalar, steps: Scalar) -> Scalar:
         steady: q.
         steps: n ≥ 1, this one counted, those left out not.
     """
-    return 1 + (1 - steady) * (1 - newest(steps.to(steady.dtype)) ** LATE)
+    return 1 + (1 - steady) * (1 - newest(steps.clamp(min=1).to(steady.dtype)) ** LATE)
 
 
 def lead(momentum: float, period: int) -> float:

@@ -34,7 +34,7 @@ from modula_agd.inspection import check_average, check_finite, check_parameters,
 from modula_agd.majorisation import Evidence
 from modula_agd.norm import Direction, wide
 from modula_agd.space import finite as finite_number
-from modula_agd.state import WEIGHT_SIZED, Each, Scalar, State
+from modula_agd.state import WAYS, WEIGHT_SIZED, Each, Scalar, State
 from modula_agd.step_average import averaged
 from modula_agd.stretch import stretched
 
@@ -112,9 +112,7 @@ class Method(Directed):
         numbers = {name: zero for name in State._fields if name not in WEIGHT_SIZED} | {
             "magnitude": zero + plan.bound.magnitude,
             "depth": zero + plan.bound.depth,
-            **dict.fromkeys(
-                ("descents", "foreseen", "slopes", "gained", "used", "counted"), zero.expand(len(self.atoms))
-            ),
+            **dict.fromkeys(("descents", *WAYS, "gained", "used", "counted"), zero.expand(len(self.atoms))),
             **dict.fromkeys(("portions", "stretches", "rates"), torch.ones_like(plan.sizes)),
             **dict.fromkeys(("powers", "power_weights", "mean_weights"), zero.expand(self.row_count)),
             "sizes": plan.sizes,
@@ -241,7 +239,7 @@ class Method(Directed):
         gradients = self._gradients(grads)
         # like the directions, of the past alone: what the fresh gradient measures must not depend on it
         plan = self._plan(device)
-        parts = portions(state, plan.depths) if self.balance == "measured" else state.portions
+        parts = portions(state, plan.depths) if self.balance == "measured" else torch.ones_like(state.portions)
         state, left = self._looked_back(gradients, state, exchange)
         means = self.row_means(state, exchange)
         directions, kept = self._directions(gradients, state, means, device, exchange)
@@ -266,11 +264,7 @@ class Method(Directed):
             reach = reach * (pairs != 0)
         t, finite, numbers = self._length(descent, finite, sizes, state, evidence)
         # a state may come from a method that measured
-        numbers |= {
-            "stretches": torch.ones_like(pairs),
-            "foreseen": torch.zeros_like(pairs),
-            "slopes": torch.zeros_like(pairs),
-        }
+        numbers |= {"stretches": torch.ones_like(pairs), **{field: torch.zeros_like(pairs) for field in WAYS}}
         if self.stretch == "measured":
             # without averages there is no way from them
             numbers |= stretched(state, ways, silent, finite) if average else {"stretches": state.stretches}
