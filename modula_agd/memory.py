@@ -25,7 +25,7 @@ from modula_agd.error import InvalidArgument
 from modula_agd.placement import is_spread, local, placed, spread
 from modula_agd.state import WEIGHT_SIZED, State, complaint, not_finite, odd_tensors
 
-FORMAT = 7
+FORMAT = 6
 """Of what ``state_dict`` returns; raised when an older version could not read it."""
 NUMBERS = tuple(field for field in State._fields if field not in WEIGHT_SIZED)
 KEYS = {"momentum": "momentum_buffer", "lead": "lead", "directions": "direction", "average": "average"}
@@ -108,7 +108,7 @@ def read(
     if isinstance(found, int) and found < FORMAT:
         raise InvalidArgument(
             f"load_state_dict was given a state of format {found}, which an older version of modula_agd wrote; this one goes on "
-            f"from format {FORMAT} alone, as the slope that is left is a mean since. Load the weights and start the "
+            f"from format {FORMAT} alone, as weights that lag go further since. Load the weights and start the "
             "optimizer anew."
         )
     if not isinstance(found, int) or found > FORMAT:

@@ -45,8 +45,6 @@ class State(NamedTuple):
         portions: p_k of each parameter: its step relative to one of equal steps.
         stretches: x_k of each parameter: how many times as far it went as its portion of the step (``stretch.py``).
         foreseen: slope that steps before the last foresaw along each parameter's way from its average; 0 where there is none.
-        left: mean of the slope that was left at the end of that way, times ``heard``.
-        heard: the sum of what this weighs.
         slopes: what the last step foresaw of it, the optimizer's multiplier not counted in; 0 where it was left out.
         rates: what the optimizer multiplied the last step of each parameter with, ≥ 0; 1 in the pure form.
         gained: mean of m_k·ω_k·⟨g_k, u_k⟩ of each parameter, times ``counted``; 0 where the balance is not measured, as are the next two.
@@ -90,8 +88,6 @@ class State(NamedTuple):
     portions: Float[Tensor, " parameters"]
     stretches: Float[Tensor, " parameters"]
     foreseen: Float[Tensor, " parameters"]
-    left: Float[Tensor, " parameters"]
-    heard: Float[Tensor, " parameters"]
     slopes: Float[Tensor, " parameters"]
     rates: Float[Tensor, " parameters"]
     gained: Float[Tensor, " parameters"]
@@ -107,7 +103,7 @@ class State(NamedTuple):
 
 WEIGHT_SIZED = ("momentum", "lead", "directions")
 """The fields that hold a tensor for each of some parameters."""
-WAYS = ("foreseen", "left", "heard", "slopes")
+WAYS = ("foreseen", "slopes")
 """The fields that tell of each parameter's way from its average; 0 where none is behind it."""
 
 
@@ -126,7 +122,6 @@ _NEVER_NEGATIVE = (
     "majorants",
     "portions",
     "stretches",
-    "heard",
     "rates",
     "counted",
     "powers",

@@ -4,9 +4,8 @@ Curvature and balance look one step ahead, and short steps find the loss more cu
 narrow valley with every step, and creeps along it, seems well measured. What it creeps along shows over more steps. The averaged weights
 w̄ (``averaging.py``) lie about n/10 steps behind the live ones. Along the way d_k = w_k − w̄_k from there to here
 
-    d_k ← (1 − c_n)·(d_k + Δw_k)
-    e_k ← (1 − c_n)·(e_k − ⟨g_n, Δw_k⟩),       what the slopes that each step measured foresaw
-    h_k = mean of ⟨g_{i+1}, d_{k,i}⟩,           the slope that is left at its end, with weights 0.95^(n−i)
+    d_k ← (1 − c_n)·(d_k + Δw_k)        h_k = ⟨g_{n+1}, d_k⟩, the slope that is left at its end
+    e_k ← (1 − c_n)·(e_k − ⟨g_n, Δw_k⟩), what the slopes that each step measured foresaw
 
 Of a quadratic h_k rises along the way from −e_k through 0, at the minimiser, to e_k, where live weights are no better than averages. A
 weight that is not past the minimiser by a quarter goes further, in a run that is twice as long at most twice as far:
@@ -17,8 +16,7 @@ No weight goes less far than its portion of t: past the minimiser h_k/e_k hardly
 (docs/benchmarks.md). A weight some rows of which the gradient does not touch keeps its x_k: such rows move by the very gradients that
 measure them, and others see less of the way. Neither the descent nor the growth counts what a weight goes further, so that t is chosen as
 before; measured curvature does, which is of the steps made. The fresh gradient changes x_k by at most 2%, so a step depends on it by
-as much. h_k is a mean because b_k tells signs rather than sizes: of single slopes what is a little past the minimiser goes further whenever
-noise takes it below. As ways grow like n, the mean is of slightly shorter ones than e_k: the quarter is 0.36 at n = 50, and 0.27 at 250.
+as much.
 """
 
 from typing import Any
@@ -34,35 +32,26 @@ PAST = 1 / 4
 """How far past the minimiser along its way, in units of the way there, a weight is that goes no further."""
 MOST = 8.0
 """The most that a weight goes further."""
-MEMORY = 0.95
-"""Weight of the past in h_k: about the last twenty steps."""
 FIRST, SOON = 20, 50
 """Steps before which nothing is stretched, as directions are made of too few gradients; and up to which n counts as that many."""
 
 
-def stretched(state: State, slope: Each, silent: Each, counts: Bool[Tensor, ""]) -> dict[str, Any]:
-    """The state's ``stretches``, ``foreseen``, ``left`` and ``heard``, for the step that is to be made.
+def stretched(state: State, left: Each, silent: Each, counts: Bool[Tensor, ""]) -> dict[str, Any]:
+    """The state's ``stretches`` and ``foreseen``, for the step that is to be made.
 
     Args:
         state: before the update, with all that is known of the last step.
-        slope: ⟨g_{n+1}, d_k⟩; 0 of a weight without a gradient or an average, which goes as far as it did.
+        left: h_k; 0 of a weight without a gradient or an average, which goes as far as it did.
         silent: above 0 of a weight that has rows which the gradient does not touch.
         counts: False of a step that is left out.
     """
-    steps = state.steps.to(slope.dtype)
+    steps = state.steps.to(left.dtype)
     moved = torch.where(state.rates > 0, state.rates * state.slopes, 0.0)
-    # what a way loses as the average comes nearer
-    shrunk = 1 - newest(steps.clamp(min=1))
-    promise = shrunk * (state.foreseen + moved)
-    told = counts & (slope != 0) & slope.isfinite() & (silent == 0)
-    left = torch.where(told, state.left.lerp(slope, 1 - MEMORY), shrunk * state.left)
-    heard = torch.where(told, MEMORY * state.heard + (1 - MEMORY), state.heard)
-    end = left / torch.where(heard > 0, heard, 1.0)
+    promise = (1 - newest(steps.clamp(min=1))) * (state.foreseen + moved)
     wanted = PAST * promise
-    total = wanted.abs() + end.abs()
-    lag = torch.where(total > 0, (wanted - end) / torch.where(total > 0, total, 1.0), 0.0)
+    total = wanted.abs() + left.abs()
+    lag = torch.where(total > 0, (wanted - left) / torch.where(total > 0, total, 1.0), 0.0)
     further = (state.stretches * (lag / steps.clamp(min=SOON)).exp()).clamp(1.0, MOST)
     # one that stands still says nothing of its steps
-    usable = told & (state.rates > 0) & lag.isfinite() & (steps >= FIRST)
-    further = torch.where(usable, further, state.stretches)
-    return {"stretches": further, "foreseen": promise, "left": left, "heard": heard}
+    usable = counts & (left != 0) & (silent == 0) & (state.rates > 0) & lag.isfinite() & (steps >= FIRST)
+    return {"stretches": torch.where(usable, further, state.stretches), "foreseen": promise}

@@ -26,7 +26,7 @@ from modula_agd import (
 from modula_agd.averaging import averaged
 from modula_agd.curvature import mean_multiple
 from modula_agd.state import WAYS, State
-from modula_agd.stretch import FIRST, MEMORY, MOST, PAST, SOON, stretched
+from modula_agd.stretch import FIRST, MOST, PAST, SOON, stretched
 from support import assert_steps_of_the_pure_form, batch, gaussian, gradients, seeded
 
 NET = Linear(3, 6) @ ReLU() @ Linear(6, 4)
@@ -38,12 +38,11 @@ def numbers(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def before(steps: int, promise: tuple[float, float], stretch: float = 1.0, left: tuple[float, float] = (0, 0)) -> State:
-    """A state after so many steps, of which the last foresaw all that was promised, and all left the same slope."""
+def before(steps: int, promise: tuple[float, float], stretch: float = 1.0) -> State:
+    """A state after so many steps, of which the last foresaw all that was promised."""
     state = agd(NET, SquareLoss()).init(NET.init(0, dtype=torch.float64))
     slopes = numbers(*promise) / (1 - 9 / (max(steps, 1) + 8)) if steps > 1 else numbers(0, 0)
-    told = {"left": numbers(*left) * 0.5, "heard": numbers(0.5, 0.5)}
-    return state._replace(steps=torch.tensor(steps), stretches=numbers(stretch, stretch), slopes=slopes, **told)
+    return state._replace(steps=torch.tensor(steps), stretches=numbers(stretch, stretch), slopes=slopes)
 
 
 def train(method: Method, grads: Any, steps: int, seed: int = 0) -> tuple[list[State], list[float]]:
@@ -70,8 +69,7 @@ def train(method: Method, grads: Any, steps: int, seed: int = 0) -> tuple[list[S
 def test_a_stretch_moves_by_one_over_the_steps_and_stays_within_its_bounds(
     steps: int, stretch: float, promise: tuple[float, float], left: tuple[float, float]
 ) -> None:
-    state = before(steps, promise, stretch, left)
-    found = stretched(state, numbers(*left), numbers(0, 0), TRUE)["stretches"].tolist()
+    found = stretched(before(steps, promise, stretch), numbers(*left), numbers(0, 0), TRUE)["stretches"].tolist()
     for x, e, h in zip(found, promise, left, strict=True):
         assert 1 <= x <= MOST
         if steps < FIRST or h == 0:
@@ -82,40 +80,16 @@ def test_a_stretch_moves_by_one_over_the_steps_and_stays_within_its_bounds(
 
 
 def test_what_lags_goes_further_and_what_is_past_its_minimiser_goes_back() -> None:
-    heard = numbers(0, 0)
+    state, heard = before(100, (1.0, 1.0), 2.0), numbers(0, 0)
     for left, factor in ((-1.0, math.exp(0.01)), (PAST, 1.0), (1.0, math.exp(-0.006))):
-        state = before(100, (1.0, 1.0), 2.0, (left, left))
         found = stretched(state, numbers(left, left), heard, TRUE)["stretches"]
         assert found.tolist() == pytest.approx([2 * factor] * 2)
-    state, back = before(100, (1.0, 1.0), 2.0, (-1.0, -1.0)), numbers(-1.0, -1.0)
-    shrunk = (1 - 9 / 108) * state.left
-    for slope, silent, counts in (
-        (back, heard, ~TRUE),
-        (numbers(math.nan, -math.inf), heard, TRUE),
-        (back, back, TRUE),
-    ):
-        found = stretched(state, slope, silent, counts)
-        assert found["stretches"].tolist() == [2.0, 2.0]
-        assert found["left"].tolist() == pytest.approx(shrunk.tolist())
-        assert torch.equal(found["heard"], state.heard)
+    back = numbers(-1.0, -1.0)
+    assert stretched(state, back, heard, ~TRUE)["stretches"].tolist() == [2.0, 2.0]
+    assert stretched(state, numbers(math.nan, -math.inf), heard, TRUE)["stretches"].tolist() == [2.0, 2.0]
     # one row of the second is not touched, and the first stands still
     assert stretched(state, back, numbers(0, 1), TRUE)["stretches"].tolist() == [2 * math.exp(0.01), 2.0]
     assert stretched(state._replace(rates=numbers(0, 1)), back, heard, TRUE)["stretches"][0] == 2.0
-
-
-def test_the_slope_that_is_left_is_a_mean_so_that_noise_does_not_stretch() -> None:
-    """Slopes of 2 and −1 in turn, where 1 was foreseen: half of them ask for longer steps, their mean for none."""
-    state, seen = before(40, (1.0, 1.0), 2.0)._replace(heard=numbers(0, 0)), []
-    for step in range(40, 100):
-        slope = 2.0 if step % 2 else -1.0
-        seen.append(slope)
-        kept = {field: getattr(state, field) for field in ("stretches", "left", "heard")}
-        state = before(step, (1.0, 1.0))._replace(**kept)
-        state = state._replace(**stretched(state, numbers(slope, slope), numbers(0, 0), TRUE))
-        mean = math.fsum(MEMORY**age * h for age, h in enumerate(reversed(seen)))
-        mean /= math.fsum(MEMORY**age for age in range(len(seen)))
-        assert float(state.left[0] / state.heard[0]) == pytest.approx(mean)
-    assert state.stretches.max() < 1.8
 
 
 def test_on_a_slope_that_stays_what_steps_foresaw_is_what_is_left() -> None:
@@ -210,8 +184,6 @@ def test_a_skipped_step_stretches_nothing(spoilt_by: float) -> None:
             _, odd = method.update(spoilt, state, params, average=average)
             assert torch.equal(odd.stretches, state.stretches)
             assert odd.foreseen.isfinite().all()
-            assert odd.left.isfinite().all()
-            assert torch.equal(odd.heard, state.heard)
             assert odd.due == 0
             assert odd.slopes.tolist() == [0.0, 0.0]
             state = odd
