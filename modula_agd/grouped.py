@@ -158,7 +158,7 @@ class Grouped(torch.optim.Optimizer):
     def _without_ways(self, names: Set[str], numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the state's numbers tell of ways, but 0 for parameters whose average is yet to start. Waits for the device."""
         kept = numbers["slopes"].new_tensor([float(name not in names) for name in self.method.atoms])
-        return {field: numbers[field] * kept for field in WAYS}
+        return {what: numbers[what] * kept for what in WAYS}
 
     def _rates(self) -> Rates:
         """The multiplier of each group.

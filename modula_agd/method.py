@@ -263,11 +263,15 @@ class Method(Directed):
             # a zero gradient means a zero step of its weight, whatever the past says
             reach = reach * (pairs != 0)
         t, finite, numbers = self._length(descent, finite, sizes, state, evidence)
-        # a state may come from a method that measured
-        numbers |= {"stretches": torch.ones_like(pairs), **{field: torch.zeros_like(pairs) for field in WAYS}}
-        if self.stretch == "measured":
+        if self.stretch == "declared":
+            # a state may come from a method that measured
+            numbers |= {"stretches": torch.ones_like(pairs), **{field: torch.zeros_like(pairs) for field in WAYS}}
+        else:
             # without averages there is no way from them
-            numbers |= stretched(state, ways, silent, finite) if average else {"stretches": state.stretches}
+            if average:
+                numbers |= stretched(state, ways, silent, finite)
+            else:
+                numbers |= {"stretches": state.stretches, "foreseen": torch.zeros_like(pairs)}
             numbers["due"] = numbers["due"] * mean_multiple(numbers["stretches"], reach * pairs)
         further = t * numbers["stretches"]
         if masked:
@@ -317,8 +321,7 @@ class Method(Directed):
         majorant = declared if factor is None else declared.curved(factor)
         t, change = self.search.minimum(majorant)
         if self.relaxation != 1:
-            counted = state.steps - state.skipped + 1
-            t = (relaxed(steady, counted) if self.relaxation is None else self.relaxation) * t
+            t = (relaxed(steady, state.steps - state.skipped + 1) if self.relaxation is None else self.relaxation) * t
         # sizes or magnitudes near the ends of the number range can overflow on the way to a step, in the weights' precision too
         finite = finite & t.float().isfinite()
         if not self._masked(descent.device):

@@ -183,8 +183,8 @@ class Network(ABC):
             generator = torch.Generator().manual_seed(generator)
         if not isinstance(generator, torch.Generator):
             raise InvalidArgument(
-                f"initial weights of {self!r} were asked for with {generator!r} in the place of a generator. Pass a seed such as 0, or a "
-                "torch.Generator."
+                f"initial weights of {brief(self)} were asked for with {generator!r} in the place of a generator. Pass a seed such as 0, "
+                "or a torch.Generator."
             )
         place = torch.device(device)
         return {name: atom.draw(generator, place, dtype) for name, atom in self.weights().items()}
