@@ -75,7 +75,7 @@ class Explanation:
         magnitude: a.
         curvature: κ, measured along the last steps in units of the declared curvature; 1 where it is not measured.
         asked: mean of the steps that majorants asked for, over the run's last half by default; None where steps are not averaged.
-        recent: mean of the last fifty, twice which a step is at most; None likewise.
+        recent: mean of the newest, twice which a step is at most; None likewise.
         promised: what the last majorant says that this step lowers the loss by, at least; below 0 where the step, a mean of those that
             majorants asked for, is longer than this one allows. The optimizer's multiplier is not counted in.
         predicted: the mean of that over the last hundred steps or so; None where no loss was told.
@@ -141,7 +141,7 @@ class Explanation:
         header, *body = ([*compress(row, shown)] for row in (header, *body))
         facts = [("η", f"{self.eta:.4g}")]
         if self.asked is not None:
-            means = f"t is the mean of those that majorants asked for: {self.asked:.4g}, of the last fifty {self.recent:.4g}"
+            means = f"t is the mean of those that majorants asked for: {self.asked:.4g}, of the newest {self.recent:.4g}"
             facts.append(("steps", means))
         facts += [
             (

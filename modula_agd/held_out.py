@@ -24,9 +24,9 @@ Of the same measurements follows how far beyond the minimiser a step may go. By 
 that does not raise the loss; live weights are then no better for it, but their average is, about which they move, once it is
 of many steps. So step n's majorant asks for r_n minimisers, with
 
-    r_n = 1 + (1 − q)·(1 − c_n^¼)       q = Ŝ²/mean of s²
+    r_n = 1 + (1 − q)·(1 − c_n^⅕)       q = Ŝ²/mean of s²
 
-c_n = 9/(n + 8) is what the newest weights count for in the average (``averaging.py``; here, steps that were left out are not counted),
+c_n = 5/(n + 4) is what the newest weights count for in the average (``averaging.py``; here, steps that were left out are not counted),
 so that the first step is its majorant's own. q is 1 where descents are all alike; it tends to 0 where they come to nothing in the mean,
 by the noise of batches or as weights go back and forth across a valley.
 """
@@ -45,7 +45,7 @@ from modula_agd.state import Scalar, State
 OUTLIER = 1.5
 """Root-mean-squares from which a measured descent is cut, chosen by training losses (docs/benchmarks.md). Above 1, or pure noise
 would wear the mean down to 0."""
-LATE = 1 / 4
+LATE = 1 / 5
 """Power of c_n with which steps come to go beyond their minimisers, chosen by losses in training and on a tenth of the training data that
 was held out of it (docs/benchmarks.md)."""
 

@@ -40,7 +40,7 @@ class State(NamedTuple):
         fallen: mean of the slope that steps did use up; 0 where curvature is not measured, as is the next.
         expected: mean of ``due``.
         asked: mean of the steps that majorants asked for; 0 where steps are not averaged, as are the next two.
-        recent: mean of the last fifty or so.
+        recent: mean of the last fifty or so, in a long run of the last fifth of it.
         majorants: number of steps that these two hold.
         portions: p_k of each parameter: its step relative to one of equal steps.
         stretches: x_k of each parameter: how many times as far it went as its portion of the step (``stretch.py``).

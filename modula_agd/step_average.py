@@ -10,12 +10,14 @@ shorter steps the valley gets sharper still (Roulet et al. 2024, arXiv:2407.0618
 about the last 1/(ρ + 1) of the run's steps decide, however many there have been, as of the averaged weights (``averaging.py``), which alone
 are evaluated: what moves about faster than they do is taken out by them.
 
-Half a run is late where descents vanish, as training samples are fitted, or weights run away: a step is at most ``MOST`` times the mean of
-about the last fifty, r_n, which is made like t̄ with shares of at least 1 − ``MEMORY``:
+Half a run is late where descents vanish, as training samples are fitted, or weights run away: a step is at most ``MOST`` times a mean of
+the newest, r_n, which is made like t̄ with shares of at least 1 − ``MEMORY``, but those of averaged weights once these are less:
 
     t_n = min(t̄_n, MOST·r_n)
 
-At ρ = 1 both means are the same for the first hundred steps, in which the limit cannot bind.
+So r_n is of about the last fifty steps, and in long runs of the last fifth: where descents hardly stand out of noise, fifty majorants
+in a row may ask for next to nothing, and weights would stop. At ρ = 1 both means are the same for the first hundred steps, in which the
+limit cannot bind.
 """
 
 from typing import Any
@@ -29,7 +31,7 @@ from modula_agd.state import Scalar, State
 POWER = 1.0
 """ρ: about the last half of a run counts. Chosen by training losses (docs/benchmarks.md), as were the next two."""
 MEMORY = 0.98
-"""Weight of the past in the mean of recent steps."""
+"""Weight of the past in the mean of recent steps, at least; more in a run of more than 246 steps, by the averaged weights' share."""
 MOST = 2.0
 """Means of recent steps that a step is at most."""
 
@@ -46,7 +48,8 @@ def averaged(wanted: Scalar, state: State, power: float, counts: Tensor) -> tupl
     count = state.majorants + 1
     share = newest(count, power)
     means: dict[str, Any] = {"majorants": torch.where(counts, count, state.majorants)}
-    for name, least in (("asked", share), ("recent", share.clamp(min=1 - MEMORY))):
+    recent = torch.maximum(share, newest(count).clamp(max=1 - MEMORY))
+    for name, least in (("asked", share), ("recent", recent)):
         before = getattr(state, name)
         means[name] = torch.where(counts, before + least * (wanted - before), before)
     return torch.where(counts, torch.minimum(means["asked"], MOST * means["recent"]), 0.0), means

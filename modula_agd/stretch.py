@@ -2,7 +2,7 @@
 
 Curvature and balance look one step ahead, and short steps find the loss more curved than long ones do: a weight that crosses a
 narrow valley with every step, and creeps along it, seems well measured. What it creeps along shows over more steps. The averaged weights
-w̄ (``averaging.py``) lie about n/10 steps behind the live ones. Along the way d_k = w_k − w̄_k from there to here
+w̄ (``averaging.py``) lie about n/6 steps behind the live ones. Along the way d_k = w_k − w̄_k from there to here
 
     d_k ← (1 − c_n)·(d_k + Δw_k)        h_k = ⟨g_{n+1}, d_k⟩, the slope that is left at its end
     e_k ← (1 − c_n)·(e_k − ⟨g_n, Δw_k⟩), what the slopes that each step measured foresaw

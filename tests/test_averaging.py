@@ -30,14 +30,14 @@ def train(model, optimizer, steps: int) -> list[dict[str, Tensor]]:
 
 
 def test_the_average_is_the_stated_sum() -> None:
-    """Written out: w̄_n = Σ_i c_i·Π_{j>i}(1 − c_j)·w_i, of which the last ninth counts about 1 − (8/9)^9."""
+    """Written out: w̄_n = Σ_i c_i·Π_{j>i}(1 − c_j)·w_i, of which the last fifth counts about 1 − (4/5)^5."""
     weights = [{"w": gaussian(3, 2, seed=n)} for n in range(90)]
     mean: dict[str, Tensor] | None = None
     for n, value in enumerate(weights, start=1):
         mean = averaged(mean, value, n)
     counts = [share(i) * torch.tensor([1 - share(j) for j in range(i + 1, 91)]).prod().item() for i in range(1, 91)]
     assert sum(counts) == pytest.approx(1)
-    assert sum(counts[80:]) == pytest.approx(1 - (1 - 1 / 9) ** (POWER + 1), abs=0.03)
+    assert sum(counts[72:]) == pytest.approx(1 - (1 - 1 / 5) ** (POWER + 1), abs=0.03)
     expected = sum(count * value["w"] for count, value in zip(counts, weights, strict=True))
     assert mean is not None
     torch.testing.assert_close(mean["w"], expected)

@@ -149,7 +149,7 @@ def test_a_step_goes_to_the_minimiser_where_descents_agree_and_further_late_in_t
             for power in (1, 2)
         )
         shares.append(max(mean, 0.0) ** 2 / square)
-        multiple = 1 + (1 - shares[-1]) * (1 - (9 / (step + 9)) ** 0.25)
+        multiple = 1 + (1 - shares[-1]) * (1 - (5 / (step + 5)) ** 0.2)
         assert float(state.t) == pytest.approx(multiple * float(plain.t), rel=1e-9)
     assert shares[0] == 1
     assert min(shares) < 0.9
@@ -177,7 +177,7 @@ def test_steps_come_to_go_beyond_their_minimisers_as_the_averages_do_of_many() -
     assert multiples[0] == 1
     assert bool((multiples.diff() > 0).all())
     assert 1.9 < multiples[-1] < 2
-    assert multiples[count == 100].item() == pytest.approx(1.463, abs=1e-3)
+    assert multiples[count == 100].item() == pytest.approx(1.455, abs=1e-3)
     assert bool((relaxed(noise + 1, count) == 1).all())
 
 
