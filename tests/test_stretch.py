@@ -228,12 +228,12 @@ def test_decay_is_foreseen() -> None:
 def test_rows_that_are_seldom_touched_are_not_stretched() -> None:
     net = Embedding(4, 30)
     (name,), constant = net.weights(), gaussian(30, 4, seed=7)
-    for share, grows in ((0.1, False), (1.0, True)):
+    for density, grows in ((0.1, False), (1.0, True)):
         method = agd(net, SquareLoss(), **PLAIN)
         params, average = net.init(0, dtype=torch.float64), None
         state = method.init(params)
         for step in range(100):
-            touched = torch.rand(30, generator=seeded(step)) < share
+            touched = torch.rand(30, generator=seeded(step)) < density
             updates, state = method.update({name: constant * touched[:, None]}, state, params, average=average)
             params = {name: params[name] + updates[name]}
             average = averaged(average, params, step + 1)
