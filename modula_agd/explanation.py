@@ -141,7 +141,9 @@ class Explanation:
         header, *body = ([*compress(row, shown)] for row in (header, *body))
         facts = [("η", f"{self.eta:.4g}")]
         if self.asked is not None:
-            means = f"t is the mean of those that majorants asked for: {self.asked:.4g}, of the newest {self.recent:.4g}"
+            means = (
+                f"t is the mean of those that majorants asked for: {self.asked:.4g}, of the newest {self.recent:.4g}"
+            )
             facts.append(("steps", means))
         facts += [
             (
