@@ -23,7 +23,7 @@ from modula_agd import (
     agd,
     published,
 )
-from modula_agd.averaging import averaged, share
+from modula_agd.averaging import averaged
 from modula_agd.curvature import mean_multiple
 from modula_agd.state import WAYS, State
 from modula_agd.stretch import FIRST, MOST, PAST, SOON, stretched
@@ -41,7 +41,7 @@ def numbers(*values: float) -> Tensor:
 def before(steps: int, promise: tuple[float, float], stretch: float = 1.0) -> State:
     """A state after so many steps, of which the last foresaw all that was promised."""
     state = agd(NET, SquareLoss()).init(NET.init(0, dtype=torch.float64))
-    slopes = numbers(*promise) / (1 - share(max(steps, 1))) if steps > 1 else numbers(0, 0)
+    slopes = numbers(*promise) / (1 - 5 / (max(steps, 1) + 4)) if steps > 1 else numbers(0, 0)
     return state._replace(steps=torch.tensor(steps), stretches=numbers(stretch, stretch), slopes=slopes)
 
 
@@ -98,7 +98,7 @@ def test_on_a_slope_that_stays_what_steps_foresaw_is_what_is_left() -> None:
     method = agd(NET, SquareLoss(), decay=0.0, **PLAIN)
     states, left = train(method, lambda *_: constant, 120)
     last = states[-1]
-    c = share(120)
+    c = 5 / (120 + 4)
     made = last.t * last.stretches * last.portions * last.sizes * last.descents
     assert last.slopes.tolist() == pytest.approx(made.tolist())
     assert ((1 - c) * (last.foreseen + last.slopes)).tolist() == pytest.approx(left, rel=1e-9)
@@ -220,7 +220,7 @@ def test_decay_is_foreseen() -> None:
     constant = {name: gaussian(*weight.shape, seed=7) for name, weight in NET.init(0).items()}
     states, left = train(agd(NET, SquareLoss(), decay=1.0, **PLAIN), lambda *_: constant, 120)
     last = states[-1]
-    assert ((1 - share(120)) * (last.foreseen + last.slopes)).tolist() == pytest.approx(left, rel=1e-9)
+    assert ((1 - 5 / 124) * (last.foreseen + last.slopes)).tolist() == pytest.approx(left, rel=1e-9)
     made = last.t * last.stretches * last.portions * last.sizes * last.descents
     assert all(last.slopes < 0.95 * made)
 
@@ -383,7 +383,7 @@ def test_an_average_that_a_loaded_state_lacks_starts_at_the_weights_of_the_next_
         step(other, fresh)
         for name, value in fresh.averaged_state().items():
             before, now = model.state_dict()[name], other.state_dict()[name]
-            torch.testing.assert_close(value, before + share(51) * (now - before))
+            torch.testing.assert_close(value, before + 5 / (51 + 4) * (now - before))
 
 
 def test_averages_that_ask_for_gradients_leave_no_graph() -> None:
