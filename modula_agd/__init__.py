@@ -51,6 +51,9 @@ from modula_agd.convolution import ConvTranspose1d as ConvTranspose1d
 from modula_agd.convolution import ConvTranspose2d as ConvTranspose2d
 from modula_agd.convolution import ConvTranspose3d as ConvTranspose3d
 from modula_agd.convolution import euclidean_gain as euclidean_gain
+from modula_agd.decay import Decay as Decay
+from modula_agd.decay import Fading as Fading
+from modula_agd.decay import Relative as Relative
 from modula_agd.dropout import Dropout as Dropout
 from modula_agd.error import InvalidArgument as InvalidArgument
 from modula_agd.error import ModulaError as ModulaError

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Literal
 
+from modula_agd.decay import Decay, Fading, decay_of
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Certified, ClosedForm, ExactGrowth, Search
@@ -29,7 +30,7 @@ def agd(
     momentum: float | Literal["auto"] | None = "auto",
     smoothing: float | Literal["auto"] = "auto",
     refresh: int | Literal["auto"] = "auto",
-    decay: float = 0.0,
+    decay: float | Decay = 0.0,
     relaxation: float | Literal["auto"] = "auto",
     precision: Literal["auto", "full", "half"] = "auto",
     curvature: Literal["auto", "measured", "declared"] = "auto",
@@ -57,9 +58,9 @@ def agd(
         refresh: steps ≥ 1 that a spectral direction serves where there is momentum; above 1 each is kept, which is one more
             buffer of the weight's size. "auto" is 1 on an accelerator, in compiled code and for short sides below 128, and up to 8
             on a CPU; a number above 1 cuts the graph of compiled code.
-        decay: λ ≥ 0, relative weight decay: a weight of norm ω loses λ·p·m·t of itself while it moves by p·m·t·ω, so that its norm
-            tends to at most size/λ (times sqrt(i) of rows into logits, which go so much further). Counted in the growth, which the step
-            is then shorter by.
+        decay: what a weight loses of itself beside a step (``decay.py``): a number λ ≥ 0, relative weight decay, by which a weight of norm
+            ω loses λ·x·p·m·t of itself while it moves by x·p·m·t·ω, so that its norm tends to at most size/λ (times sqrt(i) of rows into
+            logits, which go so much further); or ``Fading()``, which has no unit to choose. No part of the majorant.
         relaxation: multiple > 0 of its minimiser that a majorant asks for. "auto" is, where curvature is measured,
             1 at first and up to 2 as the run goes on, the longer the less steady the measured descents are (``held_out.py``), but 1 for a
             captured model, whose bound is as tight as it is uncertain; 1 elsewhere. Above 1 it is assumed, not derived, that the loss
@@ -141,9 +142,8 @@ def agd(
         )
     if refresh != "auto" and not (isinstance(refresh, int) and not isinstance(refresh, bool) and refresh >= 1):
         raise InvalidArgument(f"agd was given refresh={refresh!r}, which must be a whole number of steps ≥ 1")
-    if not (finite(decay) and decay >= 0):
-        raise InvalidArgument(f"agd was given decay={decay!r}, which must be a finite number ≥ 0")
-    if decay > 0 and search.needs_evidence:
+    rule = decay_of(decay)
+    if rule is not None and search.needs_evidence:
         raise InvalidArgument(
             "a certified search was combined with decay, which raises the loss where it pulls against the gradient. "
             "Leave decay out."
@@ -202,7 +202,7 @@ def agd(
         momentum,
         mean,
         period,
-        float(decay),
+        rule,
         None if by_steadiness else float(relaxation),
         precision,
         curvature,
@@ -228,6 +228,7 @@ def published(network: Network, loss: Loss) -> Method:
 
 METHODS: dict[str, Callable[[Network, Loss], Method]] = {
     "held-out": agd,
+    "fading": lambda network, loss: agd(network, loss, decay=Fading()),
     "agd": published,
     "closed-form": lambda network, loss: agd(network, loss, search=ClosedForm(), momentum=None),
     "exact": lambda network, loss: agd(network, loss, search=ExactGrowth(), momentum=None),

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from modula_agd.bound import Bound, Number
+from modula_agd.decay import Decay, Relative
 from modula_agd.device import precise
 from modula_agd.directions import period
 from modula_agd.error import UnknownBound
@@ -64,7 +65,7 @@ class Derivation:
     momentum: float | None = None
     smoothing: float | None = None
     refresh: int | None = None
-    decay: float = 0.0
+    decay: Decay | None = None
     relaxation: float | None = 1.0
     precision: Literal["auto", "full", "half"] = "auto"
     curvature: Literal["measured", "declared"] = "declared"
@@ -163,10 +164,13 @@ class Derivation:
                 "orthogonality: the model's curvature is not correlated with the loss gradient (AGD paper, Assumption 1)"
             )
         if self.sizes == "prescribed":
-            sees = self.decay >= max(self.strides.values(), default=1.0)
-            how = f"which decay sees to while steps are below {1 / self.decay:g} of a weight" if sees else ""
+            rate = self.decay.rate if isinstance(self.decay, Relative) else 0.0
+            sees = rate >= max(self.strides.values(), default=1.0)
+            how = f"which decay sees to while steps are below {1 / rate:g} of a weight" if sees else ""
             what = "prescribed sizes: weight norms stay at most at their declared values"
             bound = bound.assuming(", ".join(filter(None, (what, how))))
+        if self.decay is not None:
+            bound = bound.assuming("decay: the loss bears what weights lose beside a step, which no descent counts")
         if self.curvature == "measured":
             bound = bound.assuming("measured curvature: the loss stays as curved along steps as the last ones found it")
         if self.balance == "measured":
@@ -221,10 +225,8 @@ class Derivation:
 
     def _evaluate(self, sizes: Mapping[str, Number], magnitude: Number, device: torch.device) -> tuple[Tensor, Bound]:
         options = {"magnitude": magnitude, "constants": self.constants, "sizes": sizes}
-        # decay moves a weight too: by at most λ·m_k·t of its size, which the growth counts
-        network = self.network.with_mass(1.0 + self.decay) if self.decay else self.network
-        points = self.search.points(network.bound(0.0, **options), device)
-        return points, network.bound(points, **options)
+        points = self.search.points(self.network.bound(0.0, **options), device)
+        return points, self.network.bound(points, **options)
 
     def _majorant(self, descent: Scalar, sizes: Tensor, device: torch.device, evidence: Evidence | None) -> Majorant:
         if self.sizes == "prescribed":

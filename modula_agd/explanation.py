@@ -199,18 +199,19 @@ def explain(
     for name in method.row_places.keys() & duals.keys():
         scale = method.norms[name].factor(method.atoms[name].shape)  # pyright: ignore[reportAttributeAccessIssue]
         duals[name] = float(promised[method.row_places[name]].sum()) / (scale * counted)
-    stretches = state.stretches.tolist()
-    for (name, mass), size, pair, stretch in zip(method.masses.items(), sizes, pairs, stretches, strict=True):
+    lengths = state.t * state.portions * torch.tensor(list(method.masses.values())).to(state.portions)
+    none = torch.zeros_like(lengths)
+    shrinks = none if method.decay is None else method.decay.shares(lengths, state.stretches, state.steps)
+    each = zip(method.masses.items(), sizes, pairs, state.stretches.tolist(), shrinks.tolist(), strict=True)
+    for (name, mass), size, pair, stretch, shrink in each:
         dual = duals.get(name, float(pair))
         gives = mass * size * pair / total if total else 0.0
         costs = sensitivities[name] / depth
         signal = pair / dual if dual else 0.0
         length = stretch * portions[name] * mass * t if pair and finite else 0.0
         multiplier = (multipliers or {}).get(name, 1.0)
-        moved, decayed = (
-            multiplier * method.strides[name] * length,
-            min(multiplier * min(method.decay * length, 1.0), 1.0),
-        )
+        moved = multiplier * method.strides[name] * length
+        decayed = min(multiplier * shrink, 1.0) if length else 0.0
         if made and finite:
             reason = _reason(mass, pair, signal, gives, costs, method.momentum is not None)
         else:

@@ -46,7 +46,7 @@ class Move(NamedTuple):
         directions: u_k of each parameter that moves.
         gradients: its gradient.
         amounts: −t·x_k·p_k·m_k·ω_k of each parameter, 0-d, times the stride of rows into logits.
-        shrink: λ·x_k·p_k·m_k·t, the share of a weight that decays; empty without decay.
+        shrink: s_k, the share of a weight that decays (``decay.py``), above 1 all of it; empty without decay.
         finite: False where nothing may move; None where that has been looked at.
         state: the new state, but for momentum and lead.
     """
@@ -165,8 +165,9 @@ class Method(Directed):
         for name, direction in move.directions.items():
             factor = move.factor(name, direction)
             update = direction.base * factor
-            if self.decay:
-                update = update - (move.shrink[name] * params[name].detach()).to(update.dtype)
+            if name in move.shrink:
+                # no weight passes through 0
+                update = update - (move.shrink[name].clamp(max=1.0) * params[name].detach()).to(update.dtype)
             update = update.to(params[name].dtype)
             updates[name] = torch.where(move.finite, update, 0.0) if move.finite is not None else update
         past = self.counted(state, move.gradients, part, move.finite)
@@ -253,7 +254,7 @@ class Method(Directed):
 
         sizes = self._sizes(params, device, exchange)
         reach = sizes * plan.masses * parts
-        descent = (reach * pairs).sum() + (self.decay * plan.masses * parts * pulls).sum()
+        descent = (reach * pairs).sum()
         finite = descent.isfinite()
         masked = self._masked(device)
         if not masked:
@@ -278,10 +279,12 @@ class Method(Directed):
             # made of a gradient itself, a direction may be NaN
             kept |= {name: torch.where(finite, kept[name], 0.0) for name in kept.keys() - state.lead.keys()}
         lengths = further * plan.strides * reach
-        # no weight passes through 0, and one with a zero gradient does not move at all
-        shares = (self.decay * further * plan.masses * parts).clamp(max=1.0) * (pairs != 0)
+        # a weight with a zero gradient does not move at all
+        shares = torch.zeros_like(pairs)
+        if self.decay is not None:
+            shares = self.decay.shares(t * plan.masses * parts, numbers["stretches"], state.steps + 1) * (pairs != 0)
         if self.stretch == "measured":
-            slopes = lengths * pairs + shares * pulls
+            slopes = lengths * pairs + shares.clamp(max=1.0) * pulls
             numbers["slopes"] = torch.where(finite & slopes.isfinite(), slopes, 0.0)
         after = state._replace(
             descent=descent,
@@ -299,7 +302,7 @@ class Method(Directed):
         )
         amounts = dict(zip(self.atoms, (-lengths).unbind(), strict=True))
         shrinks = dict(zip(self.atoms, shares.unbind(), strict=True))
-        shrink = {name: shrinks[name] for name in directions if self.decay}
+        shrink = {name: shrinks[name] for name in directions if self.decay is not None}
         return Move(directions, gradients, amounts, shrink, finite if masked else None, after)
 
     def _length(
@@ -359,9 +362,9 @@ class Method(Directed):
     # -- parts of an update ----------------------------------------------------------------------------------------------
 
     def _pulls(self, gradients: Mapping[str, Tensor], params: Mapping[str, Tensor], zero: Scalar) -> Each:
-        """⟨g_k, W_k⟩ of each parameter, what a loss falls by as a weight decays, to first order and per unit share; 0 without decay."""
+        """⟨g_k, W_k⟩ of each parameter, what a loss falls by per unit share that a weight decays; 0 where nobody asks."""
         parts = dict.fromkeys(self.atoms, zero)
-        if self.decay:
+        if self.decay is not None and self.stretch == "measured":
             for name, gradient in gradients.items():
                 parts[name] = wide(torch.dot(gradient.flatten(), params[name].detach().to(gradient.dtype).flatten()))
         return torch.stack(list(parts.values()))

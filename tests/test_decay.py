@@ -3,7 +3,21 @@
 import pytest
 import torch
 
-from modula_agd import AGD, Certified, ClosedForm, ExactGrowth, InvalidArgument, Linear, SquareLoss, Tanh, agd
+from modula_agd import (
+    AGD,
+    Certified,
+    ClosedForm,
+    Decay,
+    ExactGrowth,
+    Fading,
+    InvalidArgument,
+    Linear,
+    Relative,
+    SquareLoss,
+    Tanh,
+    agd,
+)
+from modula_agd.agd import METHODS
 from support import assert_steps_of_the_pure_form, gaussian
 
 NET = Linear(3, 6) @ Tanh() @ Linear(6, 4)
@@ -22,34 +36,90 @@ def test_a_weight_loses_the_stated_share_of_itself() -> None:
         torch.testing.assert_close(updates[name], -state.t * (direction + 0.3 * params[name]))
 
 
+@pytest.mark.parametrize("decay", [0.5, Fading()], ids=repr)
 @pytest.mark.parametrize("search", [ExactGrowth(), ClosedForm()], ids=repr)
-def test_the_growth_and_the_descent_count_the_decay(search) -> None:
-    plain, decaying = agd(NET, SquareLoss(), search=search), agd(NET, SquareLoss(), search=search, decay=0.5)
+def test_the_majorant_is_of_the_step_alone(search, decay) -> None:
+    plain, decaying = agd(NET, SquareLoss(), search=search), agd(NET, SquareLoss(), search=search, decay=decay)
     params = NET.init(0, dtype=torch.float64)
     grads = gradients(plain, params)
-    _, one = plain.update(grads, plain.init(params), params)
-    _, other = decaying.update(grads, decaying.init(params), params)
-    assert float(other.depth) == pytest.approx(1.5 * float(one.depth))
-    pulled = sum(float((grads[name] * params[name]).sum()) for name in params)
-    assert float(other.descent) == pytest.approx(float(one.descent) + 0.5 * pulled)
+    updates, one = plain.update(grads, plain.init(params), params)
+    others, other = decaying.update(grads, decaying.init(params), params)
+    assert (one.depth, one.descent, one.t, one.change) == (other.depth, other.descent, other.t, other.change)
+    for name, update in others.items():
+        assert not torch.equal(update, updates[name])
 
 
 @pytest.mark.parametrize("decay", [0.5, 1.0, 2.0])
 def test_norms_stay_within_size_over_decay(decay: float) -> None:
     """The step's relative length is at most 1/decay here, so that each update is a mean of a weight and a point of that ball."""
     model = NET.to_torch(0)
-    optimizer = AGD(model, SquareLoss(), decay=decay)
+    # on a slope that never ends, what is measured sends steps beyond 1/decay
+    declared = dict.fromkeys(("curvature", "balance", "stretch"), "declared")
+    optimizer = AGD(model, SquareLoss(), decay=decay, **declared)
+    optimizer.param_groups[0]["lr"] = 0.2
     generator = torch.Generator().manual_seed(0)
     for _ in range(400):
         for parameter in model.parameters():
             # one direction for ever, the worst case
             parameter.grad = torch.ones_like(parameter) + 0.1 * torch.randn(parameter.shape, generator=generator)
         optimizer.step()
-        assert float(optimizer.current.t) <= 1 / decay
+        assert float(optimizer.current.t) <= 1 / (0.2 * decay)
         for name, atom in NET.weights().items():
             assert float(atom.norm.size(model.get_parameter(name).detach())) <= max(1.0, 1 / decay) + 1e-4
     sizes = [float(atom.norm.size(model.get_parameter(n).detach())) for n, atom in NET.weights().items()]
     assert max(sizes) == pytest.approx(1 / decay, rel=0.1)
+
+
+def test_a_number_is_a_relative_decay() -> None:
+    assert agd(NET, SquareLoss(), decay=0.3) == agd(NET, SquareLoss(), decay=Relative(0.3))
+    assert agd(NET, SquareLoss()).decay is agd(NET, SquareLoss(), decay=Relative(0.0)).decay is None
+    assert METHODS["fading"](NET, SquareLoss()).decay == Fading()
+
+
+def test_what_a_step_did_fades_by_the_power_of_its_share_of_the_run() -> None:
+    """Of a weight that every step moves by the same, none of them cut short: Σ_i (i/n)^c of n of them is n/(c + 1)."""
+    for power in (0.5, 1.0, 2.0):
+        fading, weight = Fading(power, most=1e3), torch.zeros(1, dtype=torch.float64)
+        ones = torch.ones_like(weight)
+        for step in range(1, 4001):
+            weight = (1 - fading.shares(ones, ones, torch.tensor(step))) * weight + 1
+        assert float(weight) == pytest.approx(4000 / (power + 1), rel=1e-3)
+
+
+def test_fading_takes_no_more_than_a_share_of_the_step() -> None:
+    fading, lengths, one = Fading(0.5, most=0.2), torch.tensor([0.0, 0.01, 10.0]).double(), torch.ones(3).double()
+    assert fading.shares(lengths, one, torch.tensor(10)).tolist() == pytest.approx([0, 0.002, 0.5 / 10.5])
+    assert fading.shares(lengths, 8 * one, torch.tensor(1000)).tolist() == pytest.approx([0] + [0.5 / 1000.5] * 2)
+    assert Relative(0.2).shares(lengths, 4 * one, torch.tensor(10)).tolist() == pytest.approx([0, 0.008, 8])
+
+
+@pytest.mark.parametrize("stretch", ["measured", "declared"])
+def test_a_fading_weight_loses_the_stated_share_of_itself(stretch) -> None:
+    method = agd(NET, SquareLoss(), decay=Fading(2.0, 0.5), stretch=stretch)
+    params = NET.init(0, dtype=torch.float64)
+    state = method.init(params)
+    for step in range(1, 60):
+        grads = gradients(method, params, step)
+        updates, after = method.update(grads, state, params)
+        for name, portion in zip(params, after.portions, strict=True):
+            share = min(2.0 / (step + 2.0), 0.5 * float(after.t * portion))
+            moved = updates[name] + share * params[name]
+            along = NET.weights()[name].norm.size(moved)
+            assert float(along) == pytest.approx(float(after.t * portion), rel=5e-3)
+        params, state = {name: w + updates[name] for name, w in params.items()}, after
+
+
+def test_norms_grow_less_where_weights_fade() -> None:
+    sizes = {}
+    for decay in (0.0, Fading()):
+        model = NET.to_torch(0)
+        optimizer = AGD(model, SquareLoss(), decay=decay)
+        for _ in range(400):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        sizes[decay] = float(NET.weights()["0.weight"].norm.size(model.get_parameter("0.weight").detach()))
+    assert sizes[Fading()] < 0.8 * sizes[0.0]
 
 
 def test_without_decay_norms_drift() -> None:
@@ -62,9 +132,10 @@ def test_without_decay_norms_drift() -> None:
     assert float(NET.weights()["0.weight"].norm.size(model.get_parameter("0.weight").detach())) > 10
 
 
-def test_the_optimizer_decays_as_the_functional_form_does() -> None:
+@pytest.mark.parametrize("decay", [0.2, Fading(most=0.5)], ids=repr)
+def test_the_optimizer_decays_as_the_functional_form_does(decay) -> None:
     model = NET.to_torch(0, dtype=torch.float64)
-    optimizer, method = AGD(model, SquareLoss(), decay=0.2), agd(NET, SquareLoss(), decay=0.2)
+    optimizer, method = AGD(model, SquareLoss(), decay=decay), agd(NET, SquareLoss(), decay=decay)
     assert_steps_of_the_pure_form(optimizer, model, method, lambda params, step: gradients(method, params, step), 5)
 
 
@@ -89,6 +160,10 @@ def test_a_step_goes_the_stated_multiple_of_the_minimiser() -> None:
         ({"decay": -0.1}, "decay"),
         ({"decay": float("inf")}, "decay"),
         ({"decay": "some"}, "decay"),
+        ({"decay": None}, "decay"),
+        ({"decay": True}, "decay"),
+        ({"decay": Fading}, "instance"),
+        ({"decay": Fading(), "search": Certified()}, "decay"),
         ({"relaxation": 0}, "relaxation"),
         ({"relaxation": float("nan")}, "relaxation"),
         ({"smoothing": 1.0}, "smoothing"),
@@ -110,7 +185,30 @@ def test_the_certificate_names_what_both_rest_on() -> None:
     assert "up to 2 times the majorant's minimiser" in told()
     assert "relaxation" not in told(curvature="declared")
     assert "decay sees to" in told(decay=1.0)
-    assert "decay" not in told(decay=0.5)
+    assert "decay sees to" not in told(decay=0.5) + told(decay=Fading(most=2.0))
+    assert all("decay: the loss bears" in told(decay=decay) for decay in (0.5, Fading()))
+    assert "decay" not in told()
+
+
+@pytest.mark.parametrize(
+    "options", [{"power": 0}, {"power": -1.0}, {"most": 0.0}, {"most": float("inf")}, {"power": "half"}], ids=str
+)
+def test_a_fading_decay_that_cannot_be_is_refused(options) -> None:
+    with pytest.raises(InvalidArgument, match=next(iter(options))):
+        Fading(**options)
+
+
+def test_a_rule_of_ones_own_is_taken() -> None:
+    class Constant(Decay):
+        def shares(self, lengths, stretches, steps):
+            return (lengths * stretches).clamp(max=1e-3)
+
+    method = agd(NET, SquareLoss(), decay=Constant())
+    params = NET.init(0, dtype=torch.float64)
+    updates, state = method.update(gradients(method, params), method.init(params), params)
+    for name, atom in NET.weights().items():
+        direction = atom.norm.direction(gradients(method, params)[name]).dense()
+        torch.testing.assert_close(updates[name], -state.t * direction - 1e-3 * params[name])
 
 
 @pytest.mark.parametrize("multiplier", [1e3, 1e6])

@@ -31,7 +31,7 @@ ROWS = (
     ("layer", "loss"),
     ("wiring",),
     ("atom", "attention", "bond", "convolution", "dropout", "normalisation", "pooling", "position"),
-    ("averaging", "balance", "compound", "curvature", "directions", "forecast", "majorisation", "shards"),
+    ("averaging", "balance", "compound", "curvature", "decay", "directions", "forecast", "majorisation", "shards"),
     ("convnet", "exchange", "held_out", "inspection", "step_average", "stretch", "transformer"),
     ("derivation", "distributed"),
     ("directed",),

@@ -56,7 +56,7 @@ def test_every_optimizer_trains_and_is_measured(peer: str, bench) -> None:
     assert 0 < found["val_accuracy"] <= 1
     assert found["state"] >= 0
     assert len(found["curve"]["train_loss"]) == len(found["curve"]["step"]) <= measuring.POINTS
-    assert (found["curve"]["eta"][0] is not None) == (peer in ("held-out", "agd"))
+    assert (found["curve"]["eta"][0] is not None) == (peer in (*peers.OWN, "agd"))
 
 
 def test_a_run_is_kept_and_found_again(bench, monkeypatch) -> None:
@@ -135,7 +135,8 @@ def test_tables_and_plots_come_out(bench, tmp_path: Path, capsys, monkeypatch) -
     text = capsys.readouterr().out
     for part in (
         "### digits",
-        "**this library, held-out**",
+        "**this library**",
+        "**this library, fading**",
         "sgd, tuned, cosine",
         "±",
         "search closed form",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from cells import Cell
 from passes import TrainingStep
-from peers import OURS, PEERS, Request, Runner
+from peers import OWN, PEERS, Request, Runner
 from tasks import Benchmark
 
 from modula_agd import NonFiniteGradient, UnhalvedSquareLoss
@@ -54,7 +54,7 @@ def run(cell: Cell, benchmark: Benchmark, source: Task) -> dict[str, Any]:
     network = benchmark.network(source.facts.classes, cell.width, cell.depth)
     model = network.to_torch(cell.seed, device=device)
     # others minimise what is reported; this library's bound is about the loss that declares it
-    loss = benchmark.loss if cell.peer == OURS or benchmark.unit == 1 else UnhalvedSquareLoss()
+    loss = benchmark.loss if cell.peer in OWN or benchmark.unit == 1 else UnhalvedSquareLoss()
     unit = benchmark.unit if loss is benchmark.loss else 1.0
     runner = PEERS[cell.peer](model, Request(cell.task, loss, cell.lr, cell.schedule, steps, cell.options))
     aims = aiming(loss, source.facts.classes, device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import _muon as _muon_module
 
-from modula_agd import AGD, ClosedForm, Loss, RowNorm, agd, published
+from modula_agd import AGD, ClosedForm, Fading, Loss, RowNorm, agd, published
 from modula_agd.torch_module import TorchModule
 
 Steps = int
@@ -220,14 +220,17 @@ def _dog(layerwise: bool) -> Make:
     return make
 
 
-def _ours(model: TorchModule, request: Request) -> Runner:
-    options = dict(request.options)
-    if options.get("search") == "closed form":
-        options["search"] = ClosedForm()
-    graphed = _on_cuda(model) and request.factor is None
-    optimizer = AGD(model, agd(model.network, request.loss, **options), averaging=True, capturable=graphed)
-    optimizer.param_groups[0]["lr"] = 1.0 if request.lr is None else request.lr
-    return Runner([optimizer], request.factor, optimizer.averaged, capturable=graphed)
+def _ours(**settings: Any) -> Make:
+    def make(model: TorchModule, request: Request) -> Runner:
+        options = settings | request.options
+        if options.get("search") == "closed form":
+            options["search"] = ClosedForm()
+        graphed = _on_cuda(model) and request.factor is None
+        optimizer = AGD(model, agd(model.network, request.loss, **options), averaging=True, capturable=graphed)
+        optimizer.param_groups[0]["lr"] = 1.0 if request.lr is None else request.lr
+        return Runner([optimizer], request.factor, optimizer.averaged, capturable=graphed)
+
+    return make
 
 
 def _published(model: TorchModule, request: Request) -> Runner:
@@ -239,9 +242,12 @@ def _on_cuda(model: TorchModule) -> bool:
     return next(model.parameters()).is_cuda
 
 
-OURS = "held-out"
+OURS, FADING = "held-out", "fading"
+OWN = (OURS, FADING)
+"""This library's default, and the same with ``decay=Fading()``."""
 PEERS: dict[str, Make] = {
-    OURS: _ours,
+    OURS: _ours(),
+    FADING: _ours(decay=Fading()),
     "agd": _published,
     "sgd": _torch(torch.optim.SGD, momentum=0.9),
     "adam": _torch(torch.optim.Adam),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from peers import OURS
+from peers import FADING, OURS, OWN
 
 Row = Mapping[str, Any]
 Runs = Sequence[Row]
@@ -23,15 +23,15 @@ HEADERS = ("training loss at the end", "over the last tenth", "held-out loss", "
 
 def label(cell: Row) -> str:
     """A method of the study in words, without its rate."""
-    name = "this library, held-out" if cell["peer"] == OURS else cell["peer"]
-    tuned = cell["lr"] is not None and cell["peer"] != OURS
-    return f"{name}, {'tuned, ' if tuned else 'default, '}{cell['schedule']}" if cell["peer"] != OURS else name
+    if cell["peer"] in OWN:
+        return "this library" + (", fading" if cell["peer"] == FADING else "")
+    return f"{cell['peer']}, {'tuned, ' if cell['lr'] is not None else 'default, '}{cell['schedule']}"
 
 
 def plain(cell: Row) -> bool:
     """Whether a cell is of the study proper: the task's own size, and of this library the multiplier 1."""
     own = cell["batch"] is None and (cell["width"], cell["depth"]) == (1, 1) and not cell["options"]
-    return own and (cell["peer"] != OURS or cell["lr"] is None)
+    return own and (cell["peer"] not in OWN or cell["lr"] is None)
 
 
 def value(rows: Runs, figure: str) -> tuple[float, float | None]:
@@ -80,7 +80,7 @@ def table(runs: Runs, task: str, scale: float) -> str:
     for name in order:
         rows = found[name]
         rate = rows[0]["cell"]["lr"]
-        bold = "**" if rows[0]["cell"]["peer"] == OURS else ""
+        bold = "**" if rows[0]["cell"]["peer"] in OWN else ""
         times = [statistics.median(row["outcome"][key] for row in rows) for key in ("step_ms", "total_ms")]
         lines.append(
             [
@@ -132,15 +132,17 @@ def draw_curves(runs: Runs, out: Path) -> None:
     panels = figure.subplots(2, len(chosen), squeeze=False)
     for column, (task, scale) in enumerate(chosen):
         for name, rows in methods(runs, task, scale).items():
-            ours = rows[0]["cell"]["peer"] == OURS
+            ours = rows[0]["cell"]["peer"] in OWN
+            style = "--" if rows[0]["cell"]["peer"] == FADING else "-"
             if not ours and "tuned" not in name:
                 continue
             curve = rows[0]["outcome"]["curve"]
             losses = [math.nan if x is None else x for x in curve["train_loss"]]
-            panels[0][column].plot(curve["step"], losses, lw=2 if ours else 1, color="k" if ours else None, label=name)
+            drawn: dict[str, Any] = {"lw": 2, "color": "k", "ls": style} if ours else {"lw": 1}
+            panels[0][column].plot(curve["step"], losses, label=name, **drawn)
             if ours:
                 etas = [math.nan if x is None else x for x in curve["eta"]]
-                panels[1][column].plot(curve["step"], etas, color="k")
+                panels[1][column].plot(curve["step"], etas, color="k", ls=style)
         panels[0][column].set(title=f"{task}, ×{scale:g} of its budget", yscale="log", ylabel="training loss")
         panels[1][column].set(yscale="log", xlabel="step", ylabel="η of this library")
         panels[0][column].legend(fontsize=6)
@@ -161,8 +163,8 @@ def draw_profile(runs: Runs, out: Path) -> None:
         for name in sorted(everywhere):
             ratios = [values[name] / max(min(values.values()), 1e-3) for values in found.values()]
             share = [sum(ratio <= tau for ratio in ratios) / len(ratios) for tau in taus]
-            ours = "this library" in name
-            axes.plot(taus, share, lw=2.5 if ours else 1, color="k" if ours else None, label=name)
+            drawn: dict[str, Any] = {"lw": 2.5, "color": "k"} if name.startswith("this library") else {"lw": 1}
+            axes.plot(taus, share, label=name, ls="--" if name.endswith("fading") else "-", **drawn)
         title = {"end_loss": "training loss at the end", "val_loss": "held-out loss"}[key]
         axes.set(title=title, xlabel="τ: factor of the best", ylabel="share of tasks", xscale="log")
         axes.grid(alpha=0.3)
@@ -203,13 +205,14 @@ def ablations(runs: Runs) -> str:
     studied = budgets(runs)
     for row in runs:
         cell = row["cell"]
-        if cell["peer"] != OURS or (plain(cell) and (cell["task"], cell["scale"]) in studied):
+        if cell["peer"] not in OWN or (plain(cell) and (cell["task"], cell["scale"]) in studied):
             continue
         different = [f"{k} {v}" for k, v in cell["options"].items()]
         different += [f"{k} {cell[k]}" for k in ("batch",) if cell[k]]
         different += [f"{k} ×{cell[k]}" for k in ("width", "depth") if cell[k] != 1]
         different += [f"seed {cell['seed']}"] if cell["seed"] else []
         different += [f"multiplier {cell['lr']:g}"] if cell["lr"] else []
+        different += ["fading"] if cell["peer"] == FADING else []
         what = ", ".join(different) or "nothing (the default)"
         times = [f"{row['outcome'][key]:.1f}" for key in ("step_ms", "total_ms")]
         figures = [shown([row], figure) for figure in FIGURES]

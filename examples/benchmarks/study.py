@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from cells import Cell, Store, circumstances
 from measuring import run, shown
-from peers import GRIDS, OURS, PEERS, SCHEDULED
+from peers import GRIDS, OURS, OWN, PEERS, SCHEDULED
 from tasks import TASKS, USUAL, Benchmark
 
 from modula_agd.train import Task
@@ -106,9 +106,9 @@ def jobs(base: Cell, plan: argparse.Namespace) -> list[Job]:
             cells = [replace(base, peer=peer, schedule=schedule) for schedule in plan.schedules]
             found += [Job(cell, seeds, search=True) for cell in cells]
     if "ours" in plan.groups:
-        found += [Job(base, (seed,)) for seed in seeds]
+        found += [Job(replace(base, peer=own), (seed,)) for own in OWN for seed in seeds]
     if "defaults" in plan.groups:
-        others = [peer for peer in PEERS if peer not in (OURS, *plan.skip)]
+        others = [peer for peer in PEERS if peer not in (*OWN, *plan.skip)]
         cells = [replace(base, peer=p, schedule="cosine" if p in SCHEDULED else "constant") for p in others]
         found += [Job(cell, (seed,)) for cell in cells for seed in seeds]
     return found

@@ -17,6 +17,7 @@ METHOD = "held-out"
 METHODS_ABOUT = {
     "agd": "AGD exactly as published",
     "held-out": "for small batches: the direction from past gradients, its descent from the fresh one, curvature as measured",
+    "fading": "the same, and weights forget over a time that grows with the run, against overfitting",
     "closed-form": "the published formula, with the network's own depth and magnitude",
     "exact": "the exact minimum of the network's own bound",
     "certified": "never raises the loss of a full batch; needs --arch linear",
