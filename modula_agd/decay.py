@@ -7,10 +7,11 @@ point of the ball of radius ω_k/λ, which norms do not leave once they are in i
 convolutional network come to tens of their declared sizes where matrices of a deep MLP come to two, and one λ does not fit both
 (docs/benchmarks.md). ``Fading`` has none: it lets a weight forget over a time that grows with the run,
 
-    s_n = c/(n + c),  so that at step n what step i did counts  Π_{i<j≤n} j/(j + c) ≈ (i/n)^c,
+    s_n = c/(n + 50),  so that at step n what step i did counts  Π_{i<j≤n} (1 − s_j) ≈ ((i + 50)/(n + 50))^c,
 
 as in averages of weights and of steps (``averaging.py``, ``step_average.py``): of itself a run keeps about the last 1/(c + 1), however long
-it is. As 1/n is too much at first, no weight loses more than it moves of one of declared size: its norm stays at what was declared until then.
+it is, and of the initial weights (50/n)^c. No weight loses more than it moves of one of declared size: where steps are short at first, norms
+stay near their sizes.
 
 Decay is no part of the majorant, which is of the loss along the step alone: what it costs counts in no descent, and what it moves in no
 growth, as in decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101). Counted in, steps come to rest where what they give and
@@ -26,6 +27,9 @@ from torch import Tensor
 from modula_agd.error import InvalidArgument
 from modula_agd.space import finite
 from modula_agd.state import Each
+
+EARLY = 50
+"""Steps that a run counts as having had before its first, or the first would take all that weights are initialised to."""
 
 
 class Decay(ABC):
@@ -69,7 +73,7 @@ class Relative(Decay):
 class Fading(Decay):
     """Decay without a unit: at step n, what step i did counts about (i/n)^c.
 
-    For training from scratch. Of weights that were trained before, which it lets fade like the rest, it leaves about (1/n)^c at most.
+    For training from scratch: weights that were trained before fade like all that a run begins with.
 
     Args:
         power: c > 0; the default was chosen for five tasks at once, by losses in training and on a tenth of the training data that was
@@ -80,7 +84,7 @@ class Fading(Decay):
         InvalidArgument: either is not a finite number above 0.
     """
 
-    power: float = 0.5
+    power: float = 0.75
     most: float = 1.0
 
     def __post_init__(self) -> None:
@@ -90,7 +94,7 @@ class Fading(Decay):
                 raise InvalidArgument(f"a fading decay was given {what}={value!r}, which must be a finite number > 0")
 
     def shares(self, lengths: Each, stretches: Each, steps: Int[Tensor, ""]) -> Each:
-        return (self.most * lengths).clamp(max=self.power / (steps + self.power))
+        return (self.most * lengths).clamp(max=self.power / (steps + EARLY))
 
 
 def decay_of(given: object) -> Decay | None:

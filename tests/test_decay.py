@@ -77,19 +77,21 @@ def test_a_number_is_a_relative_decay() -> None:
 
 
 def test_what_a_step_did_fades_by_the_power_of_its_share_of_the_run() -> None:
-    """Of a weight that every step moves by the same, none of them cut short: Σ_i (i/n)^c of n of them is n/(c + 1)."""
+    """Of a weight that every step moves by the same, none of them cut short: the mean of ((i + 50)/(n + 50))^c."""
     for power in (0.5, 1.0, 2.0):
         fading, weight = Fading(power, most=1e3), torch.zeros(1, dtype=torch.float64)
         ones = torch.ones_like(weight)
         for step in range(1, 4001):
             weight = (1 - fading.shares(ones, ones, torch.tensor(step))) * weight + 1
-        assert float(weight) == pytest.approx(4000 / (power + 1), rel=1e-3)
+        # sums of ((i + 50)/(n + 50))^c
+        wanted = (4050 - 4050 * (50 / 4050) ** (power + 1)) / (power + 1)
+        assert float(weight) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_fading_takes_no_more_than_a_share_of_the_step() -> None:
     fading, lengths, one = Fading(0.5, most=0.2), torch.tensor([0.0, 0.01, 10.0]).double(), torch.ones(3).double()
-    assert fading.shares(lengths, one, torch.tensor(10)).tolist() == pytest.approx([0, 0.002, 0.5 / 10.5])
-    assert fading.shares(lengths, 8 * one, torch.tensor(1000)).tolist() == pytest.approx([0] + [0.5 / 1000.5] * 2)
+    assert fading.shares(lengths, one, torch.tensor(10)).tolist() == pytest.approx([0, 0.002, 0.5 / 60])
+    assert fading.shares(lengths, 8 * one, torch.tensor(1000)).tolist() == pytest.approx([0] + [0.5 / 1050] * 2)
     assert Relative(0.2).shares(lengths, 4 * one, torch.tensor(10)).tolist() == pytest.approx([0, 0.008, 8])
 
 
@@ -102,7 +104,7 @@ def test_a_fading_weight_loses_the_stated_share_of_itself(stretch) -> None:
         grads = gradients(method, params, step)
         updates, after = method.update(grads, state, params)
         for name, portion in zip(params, after.portions, strict=True):
-            share = min(2.0 / (step + 2.0), 0.5 * float(after.t * portion))
+            share = min(2.0 / (step + 50), 0.5 * float(after.t * portion))
             moved = updates[name] + share * params[name]
             along = NET.weights()[name].norm.size(moved)
             assert float(along) == pytest.approx(float(after.t * portion), rel=5e-3)

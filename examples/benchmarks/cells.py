@@ -25,7 +25,7 @@ class Cell:
         batch: in place of the task's own.
         width: multiple of the task's own.
         depth: multiple of the task's own.
-        options: of this library's method.
+        options: of this library's method, or AdamW's.
     """
 
     task: str

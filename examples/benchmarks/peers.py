@@ -94,7 +94,7 @@ class Request:
         lr: a learning rate; None for the peer's own default.
         schedule: "constant" or "cosine".
         steps: of the whole run.
-        options: of this library's own methods.
+        options: of this library's own methods, or AdamW's.
     """
 
     task: str
@@ -122,8 +122,9 @@ def _torch(kind: Any, **settings: Any) -> Make:
 def _adamw(model: TorchModule, request: Request) -> Runner:
     # nanoGPT's settings where a rate is searched for (the references' too); torch's own by default
     tuned = request.lr is not None and request.task.startswith("chargpt")
-    settings = {"betas": (0.9, 0.99), "weight_decay": 0.1} if tuned else {}
-    return Runner([torch.optim.AdamW(model.parameters(), **settings, **request.rate())], request.factor)
+    settings: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.1} if tuned else {}
+    settings |= request.options | request.rate()
+    return Runner([torch.optim.AdamW(model.parameters(), **settings)], request.factor)
 
 
 def _quintic(grad: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
