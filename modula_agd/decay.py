@@ -1,17 +1,18 @@
 """Decay: what a weight loses of itself beside a step, so that norms cannot drift without end.
 
-    W_k ← (1 − s_k)·W_k − x_k·p_k·m_k·t·ω_k·u_k
+    W_k ← (1 − min(r·s_k, 1))·W_k − r·x_k·p_k·m_k·t·ω_k·u_k
 
-Two rules for s_k. ``Relative`` is in units of the declared norm: s_k = λ·x_k·p_k·m_k·t, so that each update is a mean of the weight and a
-point of the ball of radius ω_k/λ, which norms do not leave once they are in it. That unit is a layer's own affair: kernels of a
-convolutional network come to tens of their declared sizes where matrices of a deep MLP come to two, and one λ does not fit both
-(docs/benchmarks.md). ``Fading`` has none: it lets a weight forget over a time that grows with the run,
+with r the optimizer's multiplier, and rows into logits sqrt(i) times as far. Two rules for s_k. ``Relative`` is in units of the declared
+norm: s_k = λ·x_k·p_k·m_k·t, so that each update is a mean of the weight and a point of the ball of radius ω_k/λ, which norms do not leave
+once they are in it. That unit is a layer's own affair: kernels of a convolutional network come to tens of their declared sizes where
+matrices of a deep MLP come to two, and one λ does not fit both (docs/benchmarks.md). ``Fading`` has no unit: it lets a weight
+forget over a time that grows with the run,
 
     s_n = c/(n + 50),  so that at step n what step i did counts  Π_{i<j≤n} (1 − s_j) ≈ ((i + 50)/(n + 50))^c,
 
 as in averages of weights and of steps (``averaging.py``, ``step_average.py``): of itself a run keeps about the last 1/(c + 1), however long
-it is, and of the initial weights (50/n)^c. No weight loses more than it moves of one of declared size: where steps are short at first,
-norms stay near their sizes.
+it is, and of the initial weights (50/(n + 50))^c or more. No weight loses more than it moves of one of declared size: where steps are short
+at first, norms stay near their sizes. (Of a multiplier r the power is r·c, so that one which comes down ends the fading.)
 
 Decay is no part of the majorant, which is of the loss along the step alone: what it costs counts in no descent, and what it moves in no
 growth, as in decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101). Counted in, steps come to rest where what they give and
@@ -20,8 +21,10 @@ what decay takes are even, which trained worse and generalised worse (docs/bench
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from modula_agd.error import InvalidArgument
@@ -35,14 +38,17 @@ EARLY = 50
 class Decay(ABC):
     """A rule for the share of itself that a weight loses with a step."""
 
+    vectors: ClassVar[bool] = True
+    """Whether parameters of one dimension, biases and gains, decay like the others."""
+
     @abstractmethod
     def shares(self, lengths: Each, stretches: Each, steps: Int[Tensor, ""]) -> Each:
-        """s_k ≥ 0 of each parameter, 0 of one that does not move; above 1, where an optimizer's multiplier is less, all of a weight.
+        """s_k ≥ 0 of each parameter; from 1 on, the optimizer's multiplier counted in, all of a weight. Pure: it changes no argument.
 
         Args:
             lengths: p_k·m_k·t of each parameter, its relative step before it is stretched.
             stretches: x_k of each parameter.
-            steps: n ≥ 1, this one counted.
+            steps: n ≥ 1, this one counted, those left out not.
         """
 
 
@@ -64,6 +70,7 @@ class Relative(Decay):
     def __post_init__(self) -> None:
         if not (finite(self.rate) and self.rate >= 0):
             raise InvalidArgument(f"a relative decay was given rate={self.rate!r}, which must be a finite number ≥ 0")
+        object.__setattr__(self, "rate", float(self.rate))
 
     def shares(self, lengths: Each, stretches: Each, steps: Int[Tensor, ""]) -> Each:
         return self.rate * lengths * stretches
@@ -73,16 +80,18 @@ class Relative(Decay):
 class Fading(Decay):
     """Decay without a unit: at step n, what step i did counts about (i/n)^c.
 
-    For training from scratch: weights that were trained before fade like all that a run begins with.
+    For training from scratch: weights that were trained before fade like all that a run begins with. Biases and gains do not fade.
 
     Args:
         power: c > 0; the default was chosen for five tasks at once, by losses in training and on a tenth of the training data that was
             held out of it (docs/benchmarks.md).
-        most: λ > 0: no weight loses more than λ times what it moves of one of declared size, which binds while c/n is more.
+        most: λ > 0: no weight loses more than λ times what it moves of one of declared size, which binds while c/(n + 50) is more.
 
     Raises:
         InvalidArgument: either is not a finite number above 0.
     """
+
+    vectors: ClassVar[bool] = False
 
     power: float = 0.75
     most: float = 1.0
@@ -92,6 +101,7 @@ class Fading(Decay):
             value = getattr(self, what)
             if not (finite(value) and value > 0):
                 raise InvalidArgument(f"a fading decay was given {what}={value!r}, which must be a finite number > 0")
+            object.__setattr__(self, what, float(value))
 
     def shares(self, lengths: Each, stretches: Each, steps: Int[Tensor, ""]) -> Each:
         return (self.most * lengths).clamp(max=self.power / (steps + EARLY))
@@ -104,13 +114,48 @@ def decay_of(given: object) -> Decay | None:
         InvalidArgument: it is neither, or a number that is no rate.
     """
     if isinstance(given, Decay):
-        return None if given == Relative(0.0) else given
+        return None if type(given) is Relative and given.rate == 0 else given
     if isinstance(given, type) and issubclass(given, Decay):
         raise InvalidArgument(
             f"agd was given decay={given.__name__}, a class. Pass an instance: decay={given.__name__}(...)."
         )
     if not (finite(given) and given >= 0):  # pyright: ignore[reportOperatorIssue]
         raise InvalidArgument(
-            f"agd was given decay={given!r}, which must be a finite number ≥ 0, the relative decay λ, or a rule such as Fading()"
+            f"agd was given decay={given!r}, which must be a finite Python number ≥ 0, the relative decay λ, or a rule such as Fading()"
         )
     return Relative(float(given)) if given else None  # pyright: ignore[reportArgumentType]
+
+
+def lost(
+    rule: Decay | None,
+    lengths: Each,
+    stretches: Each,
+    steps: Int[Tensor, ""],
+    fades: Bool[Tensor, " parameters"],
+    *,
+    look: bool,
+) -> Each:
+    """s_k of each parameter by a rule, which may be a user's.
+
+    Args:
+        rule: None loses nothing.
+        lengths: as for ``Decay.shares``, as are the next two.
+        stretches: x_k.
+        steps: n.
+        fades: which parameters lose anything at all.
+        look: whether to ask for what is below 0 or NaN, which counts as 0 otherwise: asking a device would be a wait.
+
+    Raises:
+        InvalidArgument: the rule returns something else.
+    """
+    if rule is None:
+        return torch.zeros_like(lengths)
+    shares = rule.shares(lengths, stretches, steps)
+    if not isinstance(shares, Tensor) or shares.shape != lengths.shape:
+        what = f"a tensor of shape {tuple(shares.shape)}" if isinstance(shares, Tensor) else repr(shares)
+        raise InvalidArgument(
+            f"the decay {rule!r} returned {what}, where the shares of {lengths.numel()} parameters belong. Make them of lengths, one each."
+        )
+    if look and not bool((shares >= 0).all()):
+        raise InvalidArgument(f"the decay {rule!r} returned the shares {shares.tolist()}; each must be at least 0")
+    return torch.where(fades & (shares > 0), shares, 0.0).clamp(max=torch.finfo(shares.dtype).max)

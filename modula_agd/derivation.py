@@ -10,11 +10,11 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from modula_agd.bound import Bound, Number
-from modula_agd.decay import Decay, Relative
+from modula_agd.decay import Decay, Relative, lost
 from modula_agd.device import precise
 from modula_agd.directions import period
 from modula_agd.error import UnknownBound
@@ -25,7 +25,7 @@ from modula_agd.network import Network
 from modula_agd.norm import Norm, RowNorm
 from modula_agd.run import Constants, Weighted
 from modula_agd.space import Space, brief
-from modula_agd.state import Scalar, State
+from modula_agd.state import Each, Scalar, State
 
 
 class Plan(NamedTuple):
@@ -39,6 +39,7 @@ class Plan(NamedTuple):
         periods: steps that a direction of each parameter serves.
         depths: m_k·d_k, each parameter's part of the depth at declared sizes; empty where nobody asks.
         strides: unit steps that each parameter's typical input bears.
+        fades: whether each parameter decays, if any does.
     """
 
     points: Float[Tensor, " points"]
@@ -48,6 +49,7 @@ class Plan(NamedTuple):
     periods: dict[str, int]
     depths: Float[Tensor, " parameters"]
     strides: Float[Tensor, " parameters"]
+    fades: Bool[Tensor, " parameters"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,24 @@ class Derivation:
         """Whether the next gradient is measured along the directions of the steps taken."""
         return "measured" in (self.curvature, self.balance)
 
+    def lost(
+        self, t: Scalar, portions: Each, stretches: Each, steps: Int[Tensor, ""], moves: Bool[Tensor, " parameters"]
+    ) -> Each:
+        """s_k, the share of itself that each parameter loses with a step (``decay.py``).
+
+        Args:
+            t: its length.
+            portions: p_k.
+            stretches: x_k.
+            steps: n ≥ 1, this one counted, those left out not.
+            moves: whether each parameter moves at all.
+
+        Raises:
+            InvalidArgument: a rule of one's own returns something else.
+        """
+        plan, look = self._plan(t.device), t.device.type == "cpu" and not torch.compiler.is_compiling()
+        return lost(self.decay, t * plan.masses * portions, stretches, steps, plan.fades & moves, look=look)
+
     @property
     def noise(self) -> float:
         """What the steadiness of measured descents is, in expectation, of noise alone."""
@@ -164,7 +184,7 @@ class Derivation:
                 "orthogonality: the model's curvature is not correlated with the loss gradient (AGD paper, Assumption 1)"
             )
         if self.sizes == "prescribed":
-            rate = self.decay.rate if isinstance(self.decay, Relative) else 0.0
+            rate = self.decay.rate if type(self.decay) is Relative else 0.0
             sees = rate >= max(self.strides.values(), default=1.0)
             how = f"which decay sees to while steps are below {1 / rate:g} of a weight" if sees else ""
             what = "prescribed sizes: weight norms stay at most at their declared values"
@@ -218,8 +238,10 @@ class Derivation:
             periods = {name: period(self.norms[name], atom.shape, refresh) for name, atom in self.atoms.items()}
             depths = masses.new_tensor(list(self._depths({}).values()) if self.balance == "measured" else [])
             strides = masses.new_tensor(list(self.strides.values()))
+            vectors = self.decay is None or self.decay.vectors
+            fades = torch.tensor([vectors or len(atom.shape) > 1 for atom in self.atoms.values()], device=device)
             self._plans[device] = Plan(
-                *self._evaluate({}, self.magnitude, device), sizes, masses, periods, depths, strides
+                *self._evaluate({}, self.magnitude, device), sizes, masses, periods, depths, strides, fades
             )
         return self._plans[device]
 

@@ -199,9 +199,8 @@ def explain(
     for name in method.row_places.keys() & duals.keys():
         scale = method.norms[name].factor(method.atoms[name].shape)  # pyright: ignore[reportAttributeAccessIssue]
         duals[name] = float(promised[method.row_places[name]].sum()) / (scale * counted)
-    lengths = state.t * state.portions * torch.tensor(list(method.masses.values())).to(state.portions)
-    none = torch.zeros_like(lengths)
-    shrinks = none if method.decay is None else method.decay.shares(lengths, state.stretches, state.steps)
+    steps = (state.steps - state.skipped).clamp(min=1)
+    shrinks = method.lost(state.t, state.portions, state.stretches, steps, state.descents != 0)
     each = zip(method.masses.items(), sizes, pairs, state.stretches.tolist(), shrinks.tolist(), strict=True)
     for (name, mass), size, pair, stretch, shrink in each:
         dual = duals.get(name, float(pair))

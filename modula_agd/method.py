@@ -280,9 +280,7 @@ class Method(Directed):
             kept |= {name: torch.where(finite, kept[name], 0.0) for name in kept.keys() - state.lead.keys()}
         lengths = further * plan.strides * reach
         # a weight with a zero gradient does not move at all
-        shares = torch.zeros_like(pairs)
-        if self.decay is not None:
-            shares = self.decay.shares(t * plan.masses * parts, numbers["stretches"], state.steps + 1) * (pairs != 0)
+        shares = self.lost(t, parts, numbers["stretches"], state.steps - state.skipped + 1, pairs != 0)
         if self.stretch == "measured":
             slopes = lengths * pairs + shares.clamp(max=1.0) * pulls
             numbers["slopes"] = torch.where(finite & slopes.isfinite(), slopes, 0.0)

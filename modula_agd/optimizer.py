@@ -256,13 +256,17 @@ class AGD(Lending):
             if allowed is not None:
                 # NaN times 0 is NaN: what may not move is taken out of the direction, too
                 base, factor = torch.where(allowed, base, 0.0), torch.where(allowed, factor, 0.0)
-            if name in move.shrink:
-                kept = (1 - rate * move.shrink[name]).clamp(min=0.0)
-                weight.mul_(torch.where(allowed, kept, 1.0) if allowed is not None else kept)
+            share = (rate * move.shrink[name]).clamp(max=1.0) if name in move.shrink else None
+            if share is not None and allowed is not None:
+                share = torch.where(allowed, share, 0.0)
             if weight.dtype == base.dtype:
+                if share is not None:
+                    weight.mul_(1 - share)
                 weight.addcmul_(base, factor)
             else:
-                weight.add_((base * factor).to(weight.dtype))
+                # a small share is lost where it is rounded by itself
+                update = base * factor if share is None else base * factor - share * weight
+                weight.add_(update.to(weight.dtype))
         past = self.method.counted(seen, move.gradients, part, move.finite, in_place=True)
         if seen is not before and move.finite is not None:
             # a step left out leaves out what was absorbed for it, and leaves the directions of before

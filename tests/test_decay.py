@@ -1,4 +1,6 @@
-"""Relative weight decay, and the multiple of the minimiser that a step goes."""
+"""What a weight loses of itself beside a step, and the multiple of the minimiser that a step goes."""
+
+import copy
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from modula_agd import (
     AGD,
     Certified,
     ClosedForm,
+    CrossEntropy,
     Decay,
     ExactGrowth,
     Fading,
@@ -16,6 +19,7 @@ from modula_agd import (
     SquareLoss,
     Tanh,
     agd,
+    explain,
 )
 from modula_agd.agd import METHODS
 from support import assert_steps_of_the_pure_form, gaussian
@@ -193,7 +197,97 @@ def test_the_certificate_names_what_both_rest_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"power": 0}, {"power": -1.0}, {"most": 0.0}, {"most": float("inf")}, {"power": "half"}], ids=str
+    ("shares", "message"),
+    [
+        (lambda lengths: 0.01, "0.01"),
+        (lambda lengths: None, "None"),
+        (lambda lengths: lengths.sum(), r"shape \(\)"),
+        (lambda lengths: lengths[:1], r"shape \(1,\)"),
+        (lambda lengths: -lengths, "at least 0"),
+        (lambda lengths: lengths * float("nan"), "at least 0"),
+    ],
+)
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_a_rule_that_returns_no_shares_is_refused_and_nothing_moves(shares, message: str, nonfinite) -> None:
+    class Odd(Decay):
+        def shares(self, lengths, stretches, steps):
+            return shares(lengths)
+
+    model = NET.to_torch(0)
+    optimizer = AGD(model, SquareLoss(), decay=Odd(), nonfinite=nonfinite)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(InvalidArgument, match=message):
+        optimizer.step()
+    assert all(torch.equal(p.detach(), before[name]) for name, p in model.named_parameters())
+
+
+def test_a_rule_may_take_all_of_a_weight_but_nothing_of_one_that_stands_still() -> None:
+    class Whole(Decay):
+        def shares(self, lengths, stretches, steps):
+            return torch.full_like(lengths, torch.inf)
+
+    model = NET.to_torch(0)
+    optimizer = AGD(model, SquareLoss(), decay=Whole())
+    still, moves = model.parameters()
+    before = still.detach().clone()
+    still.grad, moves.grad = torch.zeros_like(still), torch.ones_like(moves)
+    optimizer.step()
+    assert torch.equal(still.detach(), before)
+    norm = NET.weights()["2.weight"].norm
+    assert float(norm.size(moves.detach())) == pytest.approx(float(optimizer.current.t), rel=1e-2)
+    assert [share.decayed for share in optimizer.explain().shares] == [0, 1]
+
+
+def test_biases_and_gains_do_not_fade() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.LayerNorm(8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    inputs, labels = torch.randn(16, 6), torch.arange(16) % 3
+    for decay, fades in ((Fading(), {"0.weight", "3.weight"}), (0.1, {name for name, _ in model.named_parameters()})):
+        mine = copy.deepcopy(model)
+        optimizer = AGD(mine, CrossEntropy(), example_inputs=inputs, decay=decay)
+        torch.nn.functional.cross_entropy(mine(inputs), labels).backward()
+        optimizer.step()
+        assert {share.name for share in optimizer.explain().shares if share.decayed} == fades
+
+
+def test_steps_that_are_left_out_do_not_count_in_the_run() -> None:
+    method = agd(NET, SquareLoss(), decay=Fading(most=1e6), nonfinite="skip")
+    params = NET.init(0, dtype=torch.float64)
+    grads = gradients(method, params)
+    state = method.init(params)
+    for _ in range(3):
+        updates, state = method.update({name: g * torch.nan for name, g in grads.items()}, state, params)
+        assert not any(update.any() for update in updates.values())
+    updates, state = method.update(grads, state, params)
+    shares = method.lost(state.t, state.portions, state.stretches, state.steps - state.skipped, state.descents != 0)
+    assert shares.tolist() == pytest.approx([0.75 / 51] * 2)
+    assert [share.decayed for share in explain(method, state).shares] == pytest.approx([0.75 / 51] * 2)
+
+
+def test_half_precision_fades_like_full() -> None:
+    """A share below 1/512 of a weight, rounded by itself, would be nothing."""
+    sizes = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for decay in (0.0, Fading()):
+            model = NET.to_torch(0).to(dtype)
+            optimizer = AGD(model, SquareLoss(), decay=decay)
+            generator = torch.Generator().manual_seed(0)
+            for _ in range(1000):
+                for parameter in model.parameters():
+                    parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
+                optimizer.step()
+            sizes[dtype, decay] = sum(float(p.detach().float().norm()) for p in model.parameters())
+    kept = {dtype: sizes[dtype, Fading()] / sizes[dtype, 0.0] for dtype in (torch.float32, torch.bfloat16)}
+    assert kept[torch.float32] < 0.7
+    assert kept[torch.bfloat16] == pytest.approx(kept[torch.float32], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"power": 0}, {"power": -1.0}, {"most": 0.0}, {"most": float("inf")}, {"power": "half"}, {"power": 10**400}],
+    ids=str,
 )
 def test_a_fading_decay_that_cannot_be_is_refused(options) -> None:
     with pytest.raises(InvalidArgument, match=next(iter(options))):
