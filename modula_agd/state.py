@@ -152,6 +152,9 @@ def complaint(found: Mapping[str, object], like: State) -> str | None:
             return f"its {name} is {_told(value)}"
         if name in _NEVER_NEGATIVE and bool((value < 0).any()):
             return f"its {name} is {_told(value)}, which is never negative"
+    steps, skipped = found["steps"], found["skipped"]
+    if isinstance(steps, Tensor) and isinstance(skipped, Tensor) and bool(skipped > steps):
+        return f"of its {_told(steps)} steps {_told(skipped)} were left out"
     return None
 
 

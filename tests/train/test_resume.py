@@ -259,6 +259,7 @@ def test_other_data_another_network_and_another_method_are_refused(half, tmp_pat
         (lambda saved: saved._replace(loop={}), "state of dropout's generator does not fit"),
         (lambda saved: saved._replace(loop={"dropout": torch.zeros(3, dtype=torch.uint8)}), "generator does not fit"),
         (lambda saved: saved._replace(state={**saved.state, "steps": torch.tensor(-1)}), "steps is -1"),
+        (lambda saved: saved._replace(state={**saved.state, "skipped": torch.tensor(10**6)}), "1000000 were left out"),
         (
             lambda saved: saved._replace(state={name: value * torch.nan for name, value in saved.state.items()}),
             "cannot be gone on with",
