@@ -143,7 +143,7 @@ def lost(
         stretches: x_k.
         steps: n.
         fades: which parameters lose anything at all.
-        look: whether to ask for what is below 0 or NaN, which counts as 0 otherwise: asking a device would be a wait.
+        look: whether to ask for what is below 0 or NaN, which counts as 0 otherwise: asking a device would be a wait, and cut a graph.
 
     Raises:
         InvalidArgument: the rule returns something else.

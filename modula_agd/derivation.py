@@ -10,11 +10,11 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from modula_agd.bound import Bound, Number
-from modula_agd.decay import Decay, Relative, lost
+from modula_agd.decay import Decay, Relative
 from modula_agd.device import precise
 from modula_agd.directions import period
 from modula_agd.error import UnknownBound
@@ -25,7 +25,7 @@ from modula_agd.network import Network
 from modula_agd.norm import Norm, RowNorm
 from modula_agd.run import Constants, Weighted
 from modula_agd.space import Space, brief
-from modula_agd.state import Each, Scalar, State
+from modula_agd.state import Scalar, State
 
 
 class Plan(NamedTuple):
@@ -130,24 +130,6 @@ class Derivation:
     def measures(self) -> bool:
         """Whether the next gradient is measured along the directions of the steps taken."""
         return "measured" in (self.curvature, self.balance)
-
-    def lost(
-        self, t: Scalar, portions: Each, stretches: Each, steps: Int[Tensor, ""], moves: Bool[Tensor, " parameters"]
-    ) -> Each:
-        """s_k, the share of itself that each parameter loses with a step (``decay.py``).
-
-        Args:
-            t: its length.
-            portions: p_k.
-            stretches: x_k.
-            steps: n ≥ 1, this one counted, those left out not.
-            moves: whether each parameter moves at all.
-
-        Raises:
-            InvalidArgument: a rule of one's own returns something else.
-        """
-        plan, look = self._plan(t.device), t.device.type == "cpu" and not torch.compiler.is_compiling()
-        return lost(self.decay, t * plan.masses * portions, stretches, steps, plan.fades & moves, look=look)
 
     @property
     def noise(self) -> float:

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from modula_agd.balance import weighed
 from modula_agd.curvature import looked_back
+from modula_agd.decay import lost
 from modula_agd.derivation import Derivation
 from modula_agd.directions import due
 from modula_agd.exchange import Exchange
@@ -21,7 +22,7 @@ from modula_agd.state import Each, Scalar, State
 
 @dataclass(frozen=True)
 class Directed(Derivation):
-    """What of a method concerns directions u_k: no step is decided on here."""
+    """What of a method concerns directions u_k, and what weights lose beside them: no step is decided on here."""
 
     def counted(
         self,
@@ -182,6 +183,25 @@ class Directed(Derivation):
     def gains(self, state: State) -> Each:
         """p_k·m_k·ω_k·⟨g_k, u_k⟩ of each parameter: what it gave to the descent of the last step."""
         return state.portions * self._plan(state.t.device).masses * state.sizes * state.descents
+
+    def lost(
+        self, t: Scalar, portions: Each, stretches: Each, steps: Int[Tensor, ""], moves: Bool[Tensor, " parameters"]
+    ) -> Each:
+        """s_k, the share of itself that each parameter loses with a step (``decay.py``).
+
+        Args:
+            t: its length.
+            portions: p_k.
+            stretches: x_k.
+            steps: n ≥ 1, this one counted, those left out not.
+            moves: whether each parameter moves at all.
+
+        Raises:
+            InvalidArgument: a rule of one's own returns something else.
+        """
+        plan = self._plan(t.device)
+        lengths, fades = t * plan.masses * portions, plan.fades & moves
+        return lost(self.decay, lengths, stretches, steps, fades, look=not self._masked(t.device))
 
     def _half(self, sources: Mapping[str, Tensor], device: torch.device) -> bool:
         """Whether polar factors are iterated in bfloat16; "auto": where that is what an accelerator is fast at."""

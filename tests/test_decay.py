@@ -207,20 +207,34 @@ def test_the_certificate_names_what_both_rest_on() -> None:
         (lambda lengths: lengths * float("nan"), "at least 0"),
     ],
 )
-@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
-def test_a_rule_that_returns_no_shares_is_refused_and_nothing_moves(shares, message: str, nonfinite) -> None:
+def test_a_rule_that_returns_no_shares_is_refused_and_nothing_moves(shares, message: str) -> None:
     class Odd(Decay):
         def shares(self, lengths, stretches, steps):
             return shares(lengths)
 
     model = NET.to_torch(0)
-    optimizer = AGD(model, SquareLoss(), decay=Odd(), nonfinite=nonfinite)
+    optimizer = AGD(model, SquareLoss(), decay=Odd())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     with pytest.raises(InvalidArgument, match=message):
         optimizer.step()
     assert all(torch.equal(p.detach(), before[name]) for name, p in model.named_parameters())
+
+
+def test_where_nothing_is_asked_what_is_no_share_is_none() -> None:
+    """A step that must not wait cannot raise, and a rule's NaN must not be a weight's."""
+
+    class Odd(Decay):
+        def shares(self, lengths, stretches, steps):
+            return torch.stack((lengths[0] * torch.nan, -lengths[1]))
+
+    params = NET.init(0, dtype=torch.float64)
+    odd, plain = (agd(NET, SquareLoss(), decay=decay, nonfinite="skip") for decay in (Odd(), 0.0))
+    grads = gradients(plain, params)
+    made = [method.update(grads, method.init(params), params)[0].values() for method in (odd, plain)]
+    for one, other in zip(*made, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_rule_may_take_all_of_a_weight_but_nothing_of_one_that_stands_still() -> None:

@@ -18,6 +18,7 @@ from modula_agd import (
     MLP,
     BatchNorm,
     CrossEntropy,
+    Fading,
     InvalidArgument,
     Linear,
     Logits,
@@ -52,6 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "Frobenius": {"direction": "frobenius"},
     "skip": {"nonfinite": "skip"},
     "decay": {"decay": 0.2},
+    "fading": {"decay": Fading()},
     "kept directions": {"refresh": 3},
     "tracked": {"sizes": "tracked"},
     "capturable": {"capturable": True, "refresh": 1},
@@ -548,7 +550,9 @@ class Recorder(TorchDispatchMode):
                     old.copy_(new)
 
 
-@pytest.mark.parametrize("options", [{}, {"decay": 0.1}, {"direction": "frobenius"}, {"momentum": None}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"decay": 0.1}, {"decay": Fading()}, {"direction": "frobenius"}, {"momentum": None}], ids=str
+)
 def test_a_captured_step_can_be_replayed(options: dict[str, Any]) -> None:
     options = {"nonfinite": "skip", "refresh": 1, **options}
     model, other = NET.to_torch(0), NET.to_torch(0)
