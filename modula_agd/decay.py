@@ -16,7 +16,8 @@ at first, norms stay near their sizes. (Of a multiplier r the power is r·c, so 
 
 Decay is no part of the majorant, which is of the loss along the step alone: what it costs counts in no descent, and what it moves in no
 growth, as in decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101). Counted in, steps come to rest where what they give and
-what decay takes are even, which trained worse and generalised worse (docs/benchmarks.md).
+what decay takes are even: of the same λ that is a milder decay, which cost MLPs more in training for what it gained held out, and a
+convolutional network and a transformer less (docs/benchmarks.md).
 """
 
 from abc import ABC, abstractmethod
@@ -69,7 +70,9 @@ class Relative(Decay):
 
     def __post_init__(self) -> None:
         if not (finite(self.rate) and self.rate >= 0):
-            raise InvalidArgument(f"a relative decay was given rate={self.rate!r}, which must be a finite number ≥ 0")
+            raise InvalidArgument(
+                f"a decay is a finite Python number λ ≥ 0, relative to declared sizes, or a rule such as Fading(), but is {self.rate!r}"
+            )
         object.__setattr__(self, "rate", float(self.rate))
 
     def shares(self, lengths: Each, stretches: Each, steps: Int[Tensor, ""]) -> Each:
@@ -113,21 +116,16 @@ def decay_of(given: object) -> Decay | None:
     Raises:
         InvalidArgument: it is neither, or a number that is no rate.
     """
-    if isinstance(given, Decay):
-        return None if type(given) is Relative and given.rate == 0 else given
     if isinstance(given, type) and issubclass(given, Decay):
         raise InvalidArgument(
             f"agd was given decay={given.__name__}, a class. Pass an instance: decay={given.__name__}(...)."
         )
-    if not (finite(given) and given >= 0):  # pyright: ignore[reportOperatorIssue]
-        raise InvalidArgument(
-            f"agd was given decay={given!r}, which must be a finite Python number ≥ 0, the relative decay λ, or a rule such as Fading()"
-        )
-    return Relative(float(given)) if given else None  # pyright: ignore[reportArgumentType]
+    rule = given if isinstance(given, Decay) else Relative(given)  # pyright: ignore[reportArgumentType]
+    return None if type(rule) is Relative and rule.rate == 0 else rule
 
 
 def lost(
-    rule: Decay | None,
+    rule: Decay,
     lengths: Each,
     stretches: Each,
     steps: Int[Tensor, ""],
@@ -138,7 +136,7 @@ def lost(
     """s_k of each parameter by a rule, which may be a user's.
 
     Args:
-        rule: None loses nothing.
+        rule: what decides.
         lengths: as for ``Decay.shares``, as are the next two.
         stretches: x_k.
         steps: n.
@@ -148,8 +146,6 @@ def lost(
     Raises:
         InvalidArgument: the rule returns something else.
     """
-    if rule is None:
-        return torch.zeros_like(lengths)
     shares = rule.shares(lengths, stretches, steps)
     if not isinstance(shares, Tensor) or shares.shape != lengths.shape:
         what = f"a tensor of shape {tuple(shares.shape)}" if isinstance(shares, Tensor) else repr(shares)
@@ -158,4 +154,4 @@ def lost(
         )
     if look and not bool((shares >= 0).all()):
         raise InvalidArgument(f"the decay {rule!r} returned the shares {shares.tolist()}; each must be at least 0")
-    return torch.where(fades & (shares > 0), shares, 0.0).clamp(max=torch.finfo(shares.dtype).max)
+    return torch.where(fades & (shares > 0), shares.to(lengths.dtype), 0.0).clamp(max=torch.finfo(lengths.dtype).max)

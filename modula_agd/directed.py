@@ -199,6 +199,8 @@ class Directed(Derivation):
         Raises:
             InvalidArgument: a rule of one's own returns something else.
         """
+        if self.decay is None:
+            return torch.zeros_like(portions)
         plan = self._plan(t.device)
         lengths, fades = t * plan.masses * portions, plan.fades & moves
         return lost(self.decay, lengths, stretches, steps, fades, look=not self._masked(t.device))
