@@ -1,6 +1,6 @@
 """What each choice of the default is worth, and how far it carries: cells of this library beside the study's.
 
-python examples/benchmarks/ablations.py --data-dir DIR --what options|multiplier|batch|size [--tasks fcn] [--scale 0.2]
+python examples/benchmarks/ablations.py --data-dir DIR --what options|multiplier|batch|size|adamw [--tasks fcn] [--scale 0.2]
 
 The rows go into the study's file; ``report.py`` prints them under Ablations.
 """
@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cells import Cell
+from peers import OURS, OWN
 from study import Job, work
 from tasks import TASKS, USUAL
 
@@ -31,7 +32,9 @@ OPTIONS = {
     "nothing stretched": {"stretch": "declared"},
     "refresh 1": {"refresh": 1},
     "refresh 8": {"refresh": 8},
+    "decay 0.03": {"decay": 0.03},
     "decay 0.1": {"decay": 0.1},
+    "decay 0.4": {"decay": 0.4},
     "tracked": {"sizes": "tracked"},
     "proved": {"constants": "proved"},
     "magnitude 2": {"magnitude": 2.0},
@@ -39,6 +42,7 @@ OPTIONS = {
 }
 MULTIPLIERS = (0.1, 0.25, 0.5, 2.0, 4.0, 10.0)
 BATCHES = (16, 64, 256, 1024, 4096)
+ADAMW_RATES, ADAMW_DECAYS = (0.000316, 0.001, 0.00316), (0.1, 1.0)
 SIZES = ((8, 1), (1, 8), (2, 1), (1, 2), (4, 1), (1, 4))
 
 
@@ -50,13 +54,20 @@ def cells(what: str, base: Cell, names: list[str] | None) -> list[Cell]:
         return [base, *(replace(base, lr=multiplier) for multiplier in MULTIPLIERS)]
     if what == "batch":
         return [replace(base, batch=batch) for batch in BATCHES]
+    if what == "adamw":
+        # the study's grids search for a rate alone
+        peer = replace(base, peer="adamw", schedule="cosine")
+        return [replace(peer, lr=lr, options={"weight_decay": x}) for lr in ADAMW_RATES for x in ADAMW_DECAYS]
     return [replace(base, width=width, depth=depth) for width, depth in SIZES]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--what", choices=["options", "multiplier", "batch", "size"], required=True)
+    parser.add_argument("--what", choices=["options", "multiplier", "batch", "size", "adamw"], required=True)
+    parser.add_argument(
+        "--peer", choices=OWN, default=OURS, help="which of this library's two rows (default: %(default)s)"
+    )
     parser.add_argument("--names", nargs="+", choices=list(OPTIONS), help="of --what options (default: all)")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=USUAL)
     parser.add_argument("--scale", type=float, default=0.2, help="budget as a multiple of each task's own")
@@ -68,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     everything = []
     for name in options.tasks:
-        base = Cell(name, "held-out", scale=options.scale, seed=options.seed)
+        base = Cell(name, options.peer, scale=options.scale, seed=options.seed)
         everything += [Job(cell, (options.seed,)) for cell in [base, *cells(options.what, base, options.names)]]
     work(everything, options)
 

@@ -28,6 +28,13 @@ def label(cell: Row) -> str:
     return f"{cell['peer']}, {'tuned, ' if cell['lr'] is not None else 'default, '}{cell['schedule']}"
 
 
+def line(cell: Row) -> dict[str, Any]:
+    """How a method is drawn: this library black and wide."""
+    return (
+        {"color": "k", "lw": 2.5, "ls": "--" if cell["peer"] == FADING else "-"} if cell["peer"] in OWN else {"lw": 1}
+    )
+
+
 def plain(cell: Row) -> bool:
     """Whether a cell is of the study proper: the task's own size, and of this library the multiplier 1."""
     own = cell["batch"] is None and (cell["width"], cell["depth"]) == (1, 1) and not cell["options"]
@@ -132,17 +139,16 @@ def draw_curves(runs: Runs, out: Path) -> None:
     panels = figure.subplots(2, len(chosen), squeeze=False)
     for column, (task, scale) in enumerate(chosen):
         for name, rows in methods(runs, task, scale).items():
-            ours = rows[0]["cell"]["peer"] in OWN
-            style = "--" if rows[0]["cell"]["peer"] == FADING else "-"
+            cell = rows[0]["cell"]
+            ours = cell["peer"] in OWN
             if not ours and "tuned" not in name:
                 continue
             curve = rows[0]["outcome"]["curve"]
             losses = [math.nan if x is None else x for x in curve["train_loss"]]
-            drawn: dict[str, Any] = {"lw": 2, "color": "k", "ls": style} if ours else {"lw": 1}
-            panels[0][column].plot(curve["step"], losses, label=name, **drawn)
+            panels[0][column].plot(curve["step"], losses, label=name, **line(cell))
             if ours:
                 etas = [math.nan if x is None else x for x in curve["eta"]]
-                panels[1][column].plot(curve["step"], etas, color="k", ls=style)
+                panels[1][column].plot(curve["step"], etas, **line(cell))
         panels[0][column].set(title=f"{task}, ×{scale:g} of its budget", yscale="log", ylabel="training loss")
         panels[1][column].set(yscale="log", xlabel="step", ylabel="η of this library")
         panels[0][column].legend(fontsize=6)
@@ -157,14 +163,14 @@ def draw_profile(runs: Runs, out: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, key in zip(panels, ("end_loss", "val_loss"), strict=True):
-        found = {task: {n: value(rows, key)[0] for n, rows in methods(runs, *task).items()} for task in chosen}
+        tables = {task: methods(runs, *task) for task in chosen}
+        found = {task: {n: value(rows, key)[0] for n, rows in each.items()} for task, each in tables.items()}
         everywhere = set.intersection(*(set(values) for values in found.values())) if found else set()
         taus = [1 + 0.01 * 1.06**i for i in range(110)]
         for name in sorted(everywhere):
             ratios = [values[name] / max(min(values.values()), 1e-3) for values in found.values()]
             share = [sum(ratio <= tau for ratio in ratios) / len(ratios) for tau in taus]
-            drawn: dict[str, Any] = {"lw": 2.5, "color": "k"} if name.startswith("this library") else {"lw": 1}
-            axes.plot(taus, share, label=name, ls="--" if name.endswith("fading") else "-", **drawn)
+            axes.plot(taus, share, label=name, **line(tables[chosen[0]][name][0]["cell"]))
         title = {"end_loss": "training loss at the end", "val_loss": "held-out loss"}[key]
         axes.set(title=title, xlabel="τ: factor of the best", ylabel="share of tasks", xscale="log")
         axes.grid(alpha=0.3)
@@ -199,19 +205,21 @@ def draw_sensitivity(runs: Runs, out: Path) -> None:
 
 
 def ablations(runs: Runs) -> str:
-    """Cells of this library with other options, sizes and multipliers."""
+    """Cells with other options, and of this library with other sizes and multipliers."""
     head = ["task", "budget", "what differs from the default", *HEADERS, "step, ms", "in all, ms"]
     lines = [head, ["---"] * len(head)]
     studied = budgets(runs)
     for row in runs:
         cell = row["cell"]
-        if cell["peer"] not in OWN or (plain(cell) and (cell["task"], cell["scale"]) in studied):
+        ours = cell["peer"] in OWN
+        if (not ours and not cell["options"]) or (plain(cell) and (cell["task"], cell["scale"]) in studied):
             continue
-        different = [f"{k} {v}" for k, v in cell["options"].items()]
+        different = [] if ours else [f"{cell['peer']}, {cell['schedule']}, rate {cell['lr']:g}"]
+        different += [f"{k} {v}" for k, v in cell["options"].items()]
         different += [f"{k} {cell[k]}" for k in ("batch",) if cell[k]]
         different += [f"{k} ×{cell[k]}" for k in ("width", "depth") if cell[k] != 1]
         different += [f"seed {cell['seed']}"] if cell["seed"] else []
-        different += [f"multiplier {cell['lr']:g}"] if cell["lr"] else []
+        different += [f"multiplier {cell['lr']:g}"] if ours and cell["lr"] else []
         different += ["fading"] if cell["peer"] == FADING else []
         what = ", ".join(different) or "nothing (the default)"
         times = [f"{row['outcome'][key]:.1f}" for key in ("step_ms", "total_ms")]
