@@ -303,3 +303,11 @@ def test_a_share_that_cannot_be_is_refused(part) -> None:
     params = NET.init(0)
     with pytest.raises(InvalidArgument, match="between 0 and 1"):
         method.absorb(gradient(params, 0), method.init(params), params, part)
+
+
+@pytest.mark.parametrize("part", [0.0, 1.5, float("nan"), "h"])
+def test_a_part_of_an_update_that_cannot_be_is_refused(part) -> None:
+    method = agd(NET, SquareLoss())
+    params = NET.init(0)
+    with pytest.raises(InvalidArgument, match="part"):
+        method.update({}, method.init(params), params, part=part)

@@ -130,6 +130,7 @@ def test_tables_and_plots_come_out(bench, tmp_path: Path, capsys, monkeypatch) -
     for other in ablations.cells("multiplier", cell(), None):
         bench.measure(other)
     bench.measure(cell(options=ablations.OPTIONS["closed form"]))
+    bench.measure(ablations.cells("adamw", cell(), None)[0])
     monkeypatch.setattr(sys, "argv", ["report.py", "--runs", str(bench.store.path), "--out", str(tmp_path / "figures")])
     report.main()
     text = capsys.readouterr().out
@@ -140,6 +141,7 @@ def test_tables_and_plots_come_out(bench, tmp_path: Path, capsys, monkeypatch) -
         "sgd, tuned, cosine",
         "±",
         "search closed form",
+        "adamw, cosine, rate 0.000316, weight_decay 0.1",
         "multiplier 4",
     ):
         assert part in text
