@@ -9,7 +9,7 @@ descents are added up in one all-reduce, and so every rank derives the same η.
 All ranks must do the same things in the same order: step, with gradients of the same parameters.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,12 @@ class ManyRanks(Exchange):
     # -- what the engine asks --------------------------------------------------------------------------------------------
 
     def directions(
-        self, norms: Mapping[str, Norm], sources: Mapping[str, Tensor], *, half: bool = False
+        self,
+        norms: Mapping[str, Norm],
+        sources: Mapping[str, Tensor],
+        *,
+        half: bool = False,
+        warm: Collection[str] = (),
     ) -> dict[str, Direction]:
         here, blockwise, owned = {}, {}, {}
         for name, source in sources.items():
@@ -64,7 +69,8 @@ class ManyRanks(Exchange):
                 blockwise[name] = source
             else:
                 owned[name] = source
-        found = directions(norms, here, half=half) | self._blockwise(norms, blockwise) | self._owned(norms, owned, half)
+        found = directions(norms, here, half=half, warm=warm) | self._blockwise(norms, blockwise)
+        found |= self._owned(norms, owned, half, warm)
         return {name: found[name] for name in sources}
 
     def seen(self, found: Mapping[str, Direction], gradients: Mapping[str, Tensor]) -> dict[str, Direction]:
@@ -201,11 +207,13 @@ class ManyRanks(Exchange):
 
     # -- directions that take whole matrices -----------------------------------------------------------------------------
 
-    def _owned(self, norms: Mapping[str, Norm], sources: Mapping[str, Tensor], half: bool) -> dict[str, Direction]:
+    def _owned(
+        self, norms: Mapping[str, Norm], sources: Mapping[str, Tensor], half: bool, warm: Collection[str]
+    ) -> dict[str, Direction]:
         """Each made by its owner alone."""
         owner = self._dealt(norms, tuple(sources))
         whole = self._collected(sources, owner)
-        mine = {name: made.dense() for name, made in directions(norms, whole, half=half).items()}
+        mine = {name: made.dense() for name, made in directions(norms, whole, half=half, warm=warm).items()}
         replicated = [name for name in sources if self.layouts[name].replicated]
         spread = [name for name in sources if not self.layouts[name].replicated]
         held = self._broadcast(replicated, sources, mine, owner) | self._handed_out(spread, sources, mine, owner)

@@ -22,9 +22,9 @@ from modula_agd import (
     Unfolded,
     agd,
 )
-from modula_agd.directions import LONGEST, SIDE, directions, due, period
+from modula_agd.directions import LONGEST, SIDE, WARM, WARMTH, directions, due, period, warmed
 from modula_agd.norm import BlockNorm, Frobenius
-from modula_agd.polar import polar, polar_of_each
+from modula_agd.polar import SCHEDULE, WARM_SCHEDULE, polar, polar_of_each
 from support import gaussian
 
 NETWORKS = {
@@ -38,9 +38,12 @@ NETWORKS = {
 def test_polar_factors_taken_together_are_those_taken_apart(dtype: torch.dtype) -> None:
     shapes = [(3, 5), (5, 3), (2, 3, 5), (4, 4), (3, 5), (2, 2, 5, 3), (1, 7)]
     matrices = [gaussian(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
-    for matrix, together in zip(matrices, polar_of_each(matrices), strict=True):
+    warm = [True, False, True, False, False, True, True]
+    for matrix, held, together in zip(matrices, warm, polar_of_each(matrices, warm=warm), strict=True):
         assert together.shape == matrix.shape
-        torch.testing.assert_close(together, polar(matrix), rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
+        torch.testing.assert_close(
+            together, polar(matrix, warm=held), rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12
+        )
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -50,6 +53,9 @@ def test_directions_taken_together_are_those_of_each_norm(name: str) -> None:
     sources = {key: gaussian(*atom.shape, seed=seed) for seed, (key, atom) in enumerate(atoms.items())}
     found = directions(norms, sources)
     assert list(found) == list(sources)
+    warm = directions(norms, sources, warm=list(norms)[::2])
+    assert all(torch.equal(warm[key].dense(), found[key].dense()) for key in list(norms)[1::2])
+    assert not all(torch.equal(warm[key].dense(), found[key].dense()) for key in list(norms)[::2])
     for key, source in sources.items():
         torch.testing.assert_close(found[key].dense(), norms[key].direction(source).dense(), rtol=0, atol=1e-12)
 
@@ -97,20 +103,32 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
 NET = Linear(3, 6) @ Linear(6, 4)
 
 
-def test_kept_directions_equal_a_slow_reference() -> None:
-    method = agd(NET, SquareLoss(), refresh=3, balance="declared")
+def by_singular_values(lead: Tensor, before: Tensor | None) -> Tensor:
+    """The unit direction of a Linear's lead [out, in], from the direction before where there is one."""
+    blend = lead if before is None else lead / lead.norm() + 0.1 * before / before.norm()
+    u, s, vh = torch.linalg.svd(blend, full_matrices=False)
+    s = s / (s**4).sum() ** 0.25
+    for a, b, c in SCHEDULE if before is None else WARM_SCHEDULE:
+        s = a * s + b * s**3 + c * s**5
+    return (u * s) @ vh * (lead.shape[0] / lead.shape[1]) ** 0.5
+
+
+@pytest.mark.parametrize("every", [WARM - 1, WARM])
+def test_kept_directions_equal_a_slow_reference(every: int) -> None:
+    method = agd(NET, SquareLoss(), refresh=every, balance="declared")
     params = NET.init(0, dtype=torch.float64)
     state = method.init(params)
     kept: dict[str, Tensor] = {}
     momentum = {name: torch.zeros_like(weight) for name, weight in params.items()}
     lead: dict[str, Tensor] = {}
-    # of a direction that serves three steps
-    nu = 2 * 0.05 * 3**0.5
-    for step in range(12):
+    # of a direction that serves several steps
+    nu = 2 * 0.05 * every**0.5
+    for step in range(4 * every):
         grads = torch.func.grad(method.objective)(params, *batch(step))
         for index, name in enumerate(params):
-            if step < 3 or (step + index) % 3 == 0:
-                kept[name] = NET.weights()[name].norm.direction(lead.get(name, grads[name])).dense()
+            if step < every or (step + index) % every == 0:
+                before = kept.get(name) if every >= WARM else None
+                kept[name] = by_singular_values(lead.get(name, grads[name]), before)
         updates, state = method.update(grads, state, params)
         for name in params:
             torch.testing.assert_close(updates[name], -state.t * kept[name], rtol=1e-9, atol=1e-12)
@@ -118,6 +136,26 @@ def test_kept_directions_equal_a_slow_reference() -> None:
         momentum = {name: 0.95 * momentum[name] + 0.05 * g for name, g in grads.items()}
         lead = {name: (1 - nu) * momentum[name] + nu * g for name, g in grads.items()}
         params = {name: weight + updates[name] for name, weight in params.items()}
+
+
+def test_a_warm_start_is_the_sum_of_both_at_euclidean_length_1() -> None:
+    lead, before = gaussian(4, 6), gaussian(4, 6, seed=1)
+    expected = lead / lead.norm() + WARMTH * before / before.norm()
+    for scale in (1.0, 1e-150, 1e150):
+        found = warmed(scale * lead, (scale * lead).norm().square(), before, before.norm().square())
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    single = (1e-30 * lead).float()
+    found = warmed(single, single.double().norm().square(), before.float(), before.norm().square())
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-170, 1e160, torch.inf, torch.nan])
+def test_a_start_is_not_warm_where_a_length_is_no_normal_number(size: float) -> None:
+    lead, before = torch.full((2, 3), size, dtype=torch.float64), gaussian(2, 3)
+    found = warmed(lead, lead.norm().square(), before, before.norm().square())
+    torch.testing.assert_close(found, lead, rtol=0, atol=0, equal_nan=True)
+    zero = torch.zeros_like(before)
+    assert torch.equal(warmed(before, before.norm().square(), zero, zero.norm().square()), before)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
