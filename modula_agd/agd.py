@@ -14,7 +14,7 @@ from modula_agd.space import finite
 from modula_agd.step_average import POWER
 
 MOMENTUM = 0.95
-"""β where nothing else is asked for; 0.8, 0.9 and 0.98 were behind where they were tried (docs/benchmarks.md)."""
+"""β where nothing else is asked for; 0.8, 0.9 and 0.98 were behind where they were tried (docs/trials.md)."""
 
 
 def agd(

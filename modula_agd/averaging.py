@@ -20,7 +20,7 @@ from modula_agd.space import brief, positive
 
 POWER = 4.0
 """ρ: about the last fifth of a run counts. Chosen by losses in training and on a tenth of the training data that was held out of it
-(docs/benchmarks.md); Ivgi et al. 2023 (arXiv:2302.12022) have 8, the last ninth."""
+(docs/trials.md); Ivgi et al. 2023 (arXiv:2302.12022) have 8, the last ninth."""
 
 
 Count = TypeVar("Count", float, Tensor)

@@ -12,7 +12,7 @@ alone is taken, of the steps as they are divided: *portions*
     p_k ∝ mean of s_k / mean of f_k,   within 1/4 and 4 of the whole network's ratio,   Σ_k d_k·p_k = Σ_k d_k = D
 
 Where weights do not interact, f_k = H_kk·p_k, they come to rest at p_k ∝ sqrt(s_k/H_kk), half-way between equal steps and the best.
-To go all the way loses where layers pull alike, as any division is then about as good and noise decides (docs/benchmarks.md).
+To go all the way loses where layers pull alike, as any division is then about as good and noise decides (docs/trials.md).
 
 A weight whose slope stays (a head on features that hardly differ) goes further, and one that uses its own up (a first layer on
 correlated pixels) less far, while the growth of the whole is, to first order, the declared one: the majorant stays, and t with it is

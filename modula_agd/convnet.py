@@ -3,7 +3,7 @@
 All take an Image and start from weights of declared norm. Convolutions have no bias and normalisation no affine parameters
 unless asked for, as in the AGD paper's experiments. Kernels before a normalisation are measured as one matrix, geometry "patch": its
 smaller initial weights are divided out there (but for the last kernel of a block, whose branch starts smaller beside its
-shortcut), and it trains better than the "taps" of the AGD code (docs/benchmarks.md). Without a normalisation they are measured tap
+shortcut), and it trains better than the "taps" of the AGD code (docs/trials.md). Without a normalisation they are measured tap
 by tap, as white noise would lose two thirds in each layer otherwise.
 """
 

@@ -27,7 +27,7 @@ MEMORY = 0.95
 """Weight of the past in both means: about the last twenty steps."""
 LEAST, MOST = 1 / 8, 16.0
 """κ is kept between these, and no single step counts for more than MOST. A slope that has not fallen must not send a step to infinity;
-steps that were let grow further did no better by training losses over whole runs (docs/benchmarks.md)."""
+steps that were let grow further did no better by training losses over whole runs (docs/trials.md)."""
 UNKNOWN = 1 / 2
 """The least κ where measured descents do not stand out of noise, of which steps would be made that are longer by 1/κ."""
 

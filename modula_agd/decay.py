@@ -5,7 +5,7 @@
 with r the optimizer's multiplier, and rows into logits sqrt(i) times as far. Two rules for s_k. ``Relative`` is in units of the declared
 norm: s_k = λ·x_k·p_k·m_k·t, so that each update is a mean of the weight and a point of the ball of radius ω_k/λ, which norms do not leave
 once they are in it. That unit is a layer's own affair: kernels of a convolutional network come to tens of their declared sizes where
-matrices of a deep MLP come to two, and one λ does not fit both (docs/benchmarks.md). ``Fading`` has no unit: it lets a weight
+matrices of a deep MLP come to two, and one λ does not fit both (docs/trials.md). ``Fading`` has no unit: it lets a weight
 forget over a time that grows with the run,
 
     s_n = c/(n + 50),  so that at step n what step i did counts  Π_{i<j≤n} (1 − s_j) ≈ ((i + 50)/(n + 50))^c,
@@ -17,7 +17,7 @@ at first, norms stay near their sizes. (Of a multiplier r the power is r·c, so 
 Decay is no part of the majorant, which is of the loss along the step alone: what it costs counts in no descent, and what it moves in no
 growth, as in decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101). Counted in, steps come to rest where what they give and
 what decay takes are even: of the same λ that is a milder decay, which cost MLPs more in training for what it gained held out, and a
-convolutional network and a transformer less (docs/benchmarks.md).
+convolutional network and a transformer less (docs/trials.md).
 """
 
 from abc import ABC, abstractmethod
@@ -87,7 +87,7 @@ class Fading(Decay):
 
     Args:
         power: c > 0; the default was chosen for five tasks at once, by losses in training and on a tenth of the training data that was
-            held out of it (docs/benchmarks.md).
+            held out of it (docs/trials.md).
         most: λ > 0: no weight loses more than λ times what it moves of one of declared size, which binds while c/(n + 50) is more.
 
     Raises:

@@ -31,7 +31,7 @@ LONGEST = 8
 WARM = 4
 """Period from which a direction that is renewed starts warm."""
 WARMTH = 0.1
-"""What the direction before counts for in the one that is made; both chosen by losses in training (docs/benchmarks.md)."""
+"""What the direction before counts for in the one that is made; both chosen by losses in training (docs/trials.md)."""
 
 
 def period(norm: Norm, shape: tuple[int, ...], refresh: int | None) -> int:

@@ -43,11 +43,11 @@ from modula_agd.polar import working_dtype
 from modula_agd.state import Scalar, State
 
 OUTLIER = 1.5
-"""Root-mean-squares from which a measured descent is cut, chosen by training losses (docs/benchmarks.md). Above 1, or pure noise
+"""Root-mean-squares from which a measured descent is cut, chosen by training losses (docs/trials.md). Above 1, or pure noise
 would wear the mean down to 0."""
 LATE = 1 / 5
 """Power of c_n with which steps come to go beyond their minimisers, chosen by losses in training and on a tenth of the training data that
-was held out of it (docs/benchmarks.md)."""
+was held out of it (docs/trials.md)."""
 
 
 def measured(descent: Scalar, state: State, smoothing: float | None) -> tuple[Scalar, Scalar, Scalar, Scalar]:

@@ -28,7 +28,7 @@ from modula_agd.rescale import rescale
 from modula_agd.state import State
 
 MEMORY = 0.98
-"""β_v: about the last fifty gradients; 0.99 did alike (docs/benchmarks.md)."""
+"""β_v: about the last fifty gradients; 0.99 did alike (docs/trials.md)."""
 
 Rows = Float[Tensor, " rows"]
 

@@ -29,7 +29,7 @@ from modula_agd.averaging import newest
 from modula_agd.state import Scalar, State
 
 POWER = 1.0
-"""ρ: about the last half of a run counts. Chosen by training losses (docs/benchmarks.md), as were the next two."""
+"""ρ: about the last half of a run counts. Chosen by training losses (docs/trials.md), as were the next two."""
 MEMORY = 0.98
 """Weight of the past in the mean of recent steps, at least; more in a run of more than 246 steps, by the averaged weights' share."""
 MOST = 2.0

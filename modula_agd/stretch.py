@@ -13,7 +13,7 @@ weight that is not past the minimiser by a quarter goes further, in a run that i
     x_k ← x_k·exp(b_k/n),       b_k = (e_k/4 − h_k)/(|e_k|/4 + |h_k|),       1 ≤ x_k ≤ MOST
 
 No weight goes less far than its portion of t: past the minimiser h_k/e_k hardly tells steps that are too long from such as serve
-(docs/benchmarks.md). A weight some rows of which the gradient does not touch keeps its x_k: such rows move by the very gradients that
+(docs/trials.md). A weight some rows of which the gradient does not touch keeps its x_k: such rows move by the very gradients that
 measure them, and others see less of the way. Neither the descent nor the growth counts what a weight goes further, so that t is chosen as
 before; measured curvature does, which is of the steps made. The fresh gradient changes x_k by at most 2%, so a step depends on it by
 as much.
