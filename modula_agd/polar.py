@@ -99,7 +99,8 @@ def polar(
 
 def _polar(matrix: Float[Tensor, "*batch rows cols"], half: bool, warm: bool) -> Float[Tensor, "*batch rows cols"]:
     wide, working = _wide(matrix), working_dtype(matrix.dtype)
-    x, _ = rescale(wide.to(working), (-2, -1))
+    # a matrix, or one stack of them
+    x, _ = rescale(wide.to(working).flatten(0, -3) if wide.ndim > 3 else wide.to(working), (-2, -1))
     # products in TF32 or of bfloat16 parts round like half precision, whatever their operands
     rough = half or (working == torch.float32 and matrix.is_cuda and _rounds_to_tf32())
     if half:
@@ -116,8 +117,10 @@ def _polar(matrix: Float[Tensor, "*batch rows cols"], half: bool, warm: bool) ->
     else:
         schedule = WARM_SCHEDULE if warm else SCHEDULE
         for index, (a, b, c) in enumerate(_rough(schedule) if rough else schedule):
-            x = _step(x, gram if index == 0 else x @ x.mT, a, b, c)
-    orthogonal = (x.to(working) / HALF_MARGIN if rough else x).to(matrix.dtype)
+            gram = gram if index == 0 else x @ x.mT
+            # aX + bGX + cG²X
+            x = _plus(x, _plus(gram, gram, gram, b, c), x, a, 1)
+    orthogonal = (x.to(working) / HALF_MARGIN if rough else x).to(matrix.dtype).reshape(wide.shape)
     return orthogonal if wide is matrix else orthogonal.mT
 
 
@@ -129,17 +132,10 @@ def _rounds_to_tf32() -> bool:
     return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
-def _step(
-    x: Float[Tensor, "*batch short long"], gram: Float[Tensor, "*batch short short"], a: float, b: float, c: float
-) -> Float[Tensor, "*batch short long"]:
-    """aX + bGX + cG²X, in two products that add what they are added to: nothing of the matrix's size is made in between."""
-    if x.ndim < 3:
-        inner = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        return torch.addmm(x, inner, x, beta=a)
-    batch, flat = x.shape, x.reshape(-1, *x.shape[-2:])
-    gram = gram.reshape(-1, *gram.shape[-2:])
-    inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-    return torch.baddbmm(flat, inner, flat, beta=a).reshape(batch)
+def _plus(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> Tensor:
+    """beta·base + alpha·left·right of matrices or stacks of them: nothing of a matrix's size is made in between."""
+    plus = torch.addmm if base.ndim == 2 else torch.baddbmm
+    return plus(base, left, right, beta=beta, alpha=alpha)
 
 
 def polar_of_each(
@@ -180,10 +176,10 @@ def _wide(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch sh
 
 def _factor(gram: Float[Tensor, "*batch rows rows"], polynomials: Schedule) -> Float[Tensor, "*batch rows rows"]:
     """The matrix Q that some polynomials together multiply X with, from XXᵀ alone: each is X ← P·X with P = aI + bG + cG²."""
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    product = identity
+    product = gram
     for index, (a, b, c) in enumerate(polynomials):
-        step = a * identity + b * gram + c * (gram @ gram)
+        step = _plus(gram, gram, gram, b, c)
+        step.diagonal(dim1=-2, dim2=-1).add_(a)
         product = step if index == 0 else step @ product
         if index + 1 < len(polynomials):
             # P and G commute, and the next Gram matrix is P·G·P
