@@ -11,8 +11,7 @@ from modula_agd.balance import weighed
 from modula_agd.curvature import looked_back
 from modula_agd.decay import lost
 from modula_agd.derivation import Derivation
-from modula_agd.device import precise
-from modula_agd.directions import WARM, due, warmed
+from modula_agd.directions import due, starts_warm
 from modula_agd.exchange import Exchange
 from modula_agd.held_out import begun, lead, renewed, short_dtype
 from modula_agd.norm import Direction
@@ -88,9 +87,12 @@ class Directed(Derivation):
             known = {name: source for name, source in sources.items() if name in state.lead}
             started = exchange.nonzero(known)
             sources |= {name: begun(x, gradients[name], started[name]) for name, x in known.items()}
-        warm = {n: state.directions[n] for n in sources if periods[n] >= WARM and n in state.directions}
-        sources |= self._warmed(sources, warm, device, exchange)
-        fresh = exchange.directions(self.norms, sources, half=self._half(sources, device), warm=warm)
+        before = {
+            name: state.directions[name]
+            for name in sources.keys() & state.directions.keys()
+            if starts_warm(clock, places[name], periods[name])
+        }
+        fresh = exchange.directions(self.norms, sources, before, half=self._half(sources, device))
         shares = signal(state, means) if self.row_places else means
         for name, place in self.row_places.items():
             if name in fresh and name in state.momentum:
@@ -107,28 +109,6 @@ class Directed(Derivation):
         if self.momentum is not None:
             found = exchange.seen(found, gradients)
         return found, kept
-
-    def _warmed(
-        self,
-        sources: Mapping[str, Tensor],
-        before: Mapping[str, Tensor],
-        device: torch.device,
-        exchange: Exchange,
-    ) -> dict[str, Tensor]:
-        """Those of the sources that have a direction before, with a part of it."""
-        if not before:
-            return {}
-        none = torch.zeros((), device=device, dtype=precise(device))
-        squares = [
-            torch.stack([_square(tensors[name], none) if name in before else none for name in self.atoms])
-            for tensors in (sources, before)
-        ]
-        of_sources, of_before = exchange.total(torch.stack(squares)).unbind()
-        return {
-            name: warmed(sources[name], of_sources[index], before[name].to(sources[name].dtype), of_before[index])
-            for index, name in enumerate(self.atoms)
-            if name in before
-        }
 
     def row_means(self, state: State, exchange: Exchange) -> Rows:
         """‖m_r‖² of all rows that go by their signal."""
@@ -235,11 +215,6 @@ class Directed(Derivation):
         if self.precision != "auto":
             return self.precision == "half"
         return device.type == "cuda" and all(source.dtype != torch.float64 for source in sources.values())
-
-
-def _square(x: Tensor, like: Tensor) -> Scalar:
-    """The sum of squares, in the dtype of ``like``."""
-    return torch.linalg.vector_norm(x, dtype=like.dtype).square()
 
 
 def unless(finite: Bool[Tensor, ""] | None, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:

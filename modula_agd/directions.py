@@ -5,33 +5,37 @@ not seen, still measures the descent along it. So a polar factor, which costs ab
 a matrix [o, i], need not be taken anew at every step. With a *period* r a weight's direction is renewed at each of its first r
 steps and then every r-th, different weights at different steps, so that steps cost alike.
 
-Nor need it be taken from nothing. Where matrices are large, a direction that is renewed is the polar factor of the lead l with a part of
-the direction u before,
+Nor need it be taken from nothing. Where it serves ``WARM_PERIOD`` steps or more, it mostly starts *warm*: each matrix of it is the polar
+factor of that of the lead, l, with a part of that of the direction before, u,
 
-    l/‖l‖ + WARMTH·u/‖u‖        (Euclidean norms of the weight)
+    l/‖l‖ + WARM_SHARE·u/‖u‖        (Euclidean norms)
 
-in which u stands for what past gradients say little of: singular values of l far below WARMTH of their root-mean-square, which are mostly
-noise, and which the first polynomials are for. Four of six are enough then. u is of the past as well, and the norm stays at most 1.
+in which u stands for what past gradients say little of: singular values of l far below WARM_SHARE of their root-mean-square, which are
+mostly noise, and which the first polynomials are for. Four of six are enough then, about 12·min(o, i) multiplications. u is of the past
+as well, and the norm stays at most 1. What l has come to say nothing of at all would be kept at full length for ever, were not every
+``RESTART``-th direction made of l alone: so it stops, if later than it would without.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from modula_agd.device import precise
 from modula_agd.norm import Direction, Norm
 from modula_agd.polar import polar_of_each
-from modula_agd.state import Scalar
 
 SIDE = 64
 """Short side of a matrix for each step of its period on a CPU; below twice this, each step has a direction of its own."""
 LONGEST = 8
 """The longest period that "auto" chooses: less than half of the 20 steps over which momentum 0.95 averages."""
-WARM = 4
-"""Period from which a direction that is renewed starts warm."""
-WARMTH = 0.1
-"""What the direction before counts for in the one that is made; both chosen by losses in training (docs/trials.md)."""
+WARM_PERIOD = 4
+"""From which on directions start warm. Chosen by losses in training (docs/trials.md), as is the next."""
+WARM_SHARE = 0.1
+"""What the direction before counts for."""
+RESTART = 4
+"""Of so many directions of a weight one does not start warm."""
 
 
 def period(norm: Norm, shape: tuple[int, ...], refresh: int | None) -> int:
@@ -54,41 +58,55 @@ def due(clock: int, index: int, period: int) -> bool:
     return clock < period or (clock + index) % period == 0
 
 
+def starts_warm(clock: int, index: int, period: int) -> bool:
+    """Whether the direction of the ``index``-th weight that is made at the step after ``clock`` steps has a part of the one before."""
+    return period >= WARM_PERIOD and (clock + index) // period % RESTART != 0
+
+
 def warmed(
-    source: Float[Tensor, "*shape"], square: Scalar, before: Float[Tensor, "*shape"], square_before: Scalar
-) -> Float[Tensor, "*shape"]:
-    """A lead with a part of the direction before, for a warm start.
+    matrix: Float[Tensor, "*stack rows cols"], before: Float[Tensor, "*stack rows cols"]
+) -> Float[Tensor, "*stack rows cols"]:
+    """What the next polar factor is taken of.
 
     Args:
-        source: the lead, of any scale, or what this process holds of it.
-        square: the sum of squares of the whole.
-        before: the direction that is renewed, alike.
-        square_before: its sum of squares.
+        matrix: of the lead, of any scale.
+        before: of the direction that is renewed, alike.
 
     Returns:
-        Their sum as above, of the lead's dtype; the lead as it is where either is zero, or its square is no normal number.
+        Each matrix at Euclidean length 1 with a part of the one before, as above; itself where a length is no normal number of its dtype,
+        so that what is 0 stays 0.
     """
-    least = torch.finfo(source.dtype).tiny ** 2
-    both = (square > least) & square.isfinite() & (square_before > least)
-    share = torch.where(both, square.rsqrt(), 1.0)
-    old = torch.where(both, WARMTH * square_before.rsqrt(), 0.0)
-    return source * share.to(source.dtype) + before * old.to(source.dtype)
+    old = before.to(matrix.dtype)
+    lengths = [torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=precise(x.device)) for x in (matrix, old)]
+    both = [(length > torch.finfo(matrix.dtype).tiny) & length.isfinite() for length in lengths]
+    usable = both[0] & both[1]
+    share = torch.where(usable, 1 / lengths[0], 1.0).to(matrix.dtype)
+    part = torch.where(usable, WARM_SHARE / lengths[1], 0.0).to(matrix.dtype)
+    return torch.addcmul(matrix * share, old, part)
 
 
 def directions(
-    norms: Mapping[str, Norm], sources: Mapping[str, Tensor], *, half: bool = False, warm: Collection[str] = ()
+    norms: Mapping[str, Norm],
+    sources: Mapping[str, Tensor],
+    before: Mapping[str, Tensor] | None = None,
+    *,
+    half: bool = False,
 ) -> dict[str, Direction]:
     """The unit dual direction of each weight.
 
     Args:
         norms: by name.
         sources: gradient or lead by name, for some of the names.
+        before: the directions, by name, that some of these shall start warm from.
         half: whether polar factors are iterated in bfloat16.
-        warm: the names of sources that are ``warmed``.
     """
     wanted = {name: norms[name].matrices(source) for name, source in sources.items()}
-    held = [name in warm for name, matrices in wanted.items() for _ in matrices]
-    factors = iter(polar_of_each([matrix for matrices in wanted.values() for matrix in matrices], half=half, warm=held))
+    matrices, warm = [], []
+    for name, found in wanted.items():
+        old = norms[name].matrices(before[name]) if before and name in before else None
+        matrices += found if old is None else [warmed(*pair) for pair in zip(found, old, strict=True)]
+        warm += [old is not None] * len(found)
+    factors = iter(polar_of_each(matrices, warm, half=half))
     return {
         name: norms[name].assembled(source, [next(factors) for _ in wanted[name]]) for name, source in sources.items()
     }

@@ -9,7 +9,7 @@ descents are added up in one all-reduce, and so every rank derives the same η.
 All ranks must do the same things in the same order: step, with gradients of the same parameters.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,9 +56,9 @@ class ManyRanks(Exchange):
         self,
         norms: Mapping[str, Norm],
         sources: Mapping[str, Tensor],
+        before: Mapping[str, Tensor],
         *,
         half: bool = False,
-        warm: Collection[str] = (),
     ) -> dict[str, Direction]:
         here, blockwise, owned = {}, {}, {}
         for name, source in sources.items():
@@ -69,8 +69,9 @@ class ManyRanks(Exchange):
                 blockwise[name] = source
             else:
                 owned[name] = source
-        found = directions(norms, here, half=half, warm=warm) | self._blockwise(norms, blockwise)
-        found |= self._owned(norms, owned, half, warm)
+        old = {name: before[name] for name in owned if name in before}
+        found = directions(norms, here, before, half=half) | self._blockwise(norms, blockwise)
+        found |= self._owned(norms, owned, old, half)
         return {name: found[name] for name in sources}
 
     def seen(self, found: Mapping[str, Direction], gradients: Mapping[str, Tensor]) -> dict[str, Direction]:
@@ -208,12 +209,12 @@ class ManyRanks(Exchange):
     # -- directions that take whole matrices -----------------------------------------------------------------------------
 
     def _owned(
-        self, norms: Mapping[str, Norm], sources: Mapping[str, Tensor], half: bool, warm: Collection[str]
+        self, norms: Mapping[str, Norm], sources: Mapping[str, Tensor], before: Mapping[str, Tensor], half: bool
     ) -> dict[str, Direction]:
         """Each made by its owner alone."""
         owner = self._dealt(norms, tuple(sources))
-        whole = self._collected(sources, owner)
-        mine = {name: made.dense() for name, made in directions(norms, whole, half=half, warm=warm).items()}
+        whole, old = self._collected(sources, owner), self._collected(before, owner) if before else {}
+        mine = {name: made.dense() for name, made in directions(norms, whole, old, half=half).items()}
         replicated = [name for name in sources if self.layouts[name].replicated]
         spread = [name for name in sources if not self.layouts[name].replicated]
         held = self._broadcast(replicated, sources, mine, owner) | self._handed_out(spread, sources, mine, owner)

@@ -5,7 +5,7 @@ matrix that is spread over processes, to tell which rows a gradient touches and 
 spread weights in their norms, and to agree on what each process knows of its own batch alone.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -26,12 +26,12 @@ class Exchange:
         self,
         norms: Mapping[str, Norm],
         sources: Mapping[str, Tensor],
+        before: Mapping[str, Tensor],
         *,
         half: bool = False,
-        warm: Collection[str] = (),
     ) -> dict[str, Direction]:
         """What this process holds of the unit dual direction of each source; arguments as for ``directions.directions``."""
-        return directions(norms, sources, half=half, warm=warm)
+        return directions(norms, sources, before, half=half)
 
     def seen(self, found: Mapping[str, Direction], gradients: Mapping[str, Tensor]) -> dict[str, Direction]:
         """The directions, but 0 in each row of which the gradient says nothing, where a direction is made row by row."""

@@ -7,8 +7,8 @@ fastest in the spectral norm. Three things live here:
   the best approximation of 1 on the interval that the previous one reaches (Amsel, Persson, Musco, Gower 2025, *The
   Polar Express*, arXiv:2505.16932). The last is divided by its largest value, so that no singular value ends above 1.
   A singular value below ``SMALLEST`` of the matrix's Schatten 4-norm falls short of 1; it never overshoots. For wide (or
-  tall) matrices the polynomials are composed on the small Gram matrix, some at a time. A matrix that holds a part of an earlier polar
-  factor has no small singular values, or few, and needs fewer polynomials.
+  tall) matrices the polynomials are composed on the small Gram matrix, some at a time. A shorter
+  table, down to ``WARM_SMALLEST``, is for matrices that hold a part of an earlier polar factor (``directions.py``).
 * ``polar_by_svd``: the slow, exact reference.
 * ``largest_singular_value_bound``: Gram iteration (Delattre, Barthélemy, Araujo, Allauzen 2023, arXiv:2305.16173), an
   upper bound at every step. Power iteration would be a lower bound, which certifies nothing.
@@ -44,12 +44,13 @@ SCHEDULE: Schedule = (
 WARM_SMALLEST = 1e-2
 """Singular values above this share of the Schatten 4-norm end between 0.97 and 1 by ``WARM_SCHEDULE``."""
 
-# likewise, on [WARM_SMALLEST, 1]
+# likewise, on [WARM_SMALLEST, 1], the last shrunk by another 3e-4: all are composed on one Gram matrix, and nothing comes after them
+# that would mend what that rounds in float32
 WARM_SCHEDULE: Schedule = (
     (8.0925591757, -23.6180682858, 17.4444071347),
     (3.6362218957, -2.7216545539, 0.5364926337),
     (2.6610338558, -1.9769568064, 0.4525711454),
-    (1.9317741910, -1.3208262979, 0.3790652757),
+    (1.9311946587, -1.3204300500, 0.3789515561),
 )
 
 
@@ -57,9 +58,10 @@ GRAM_SIDE = 1.5
 """From this ratio of long to short side on, fewer operations are needed on the Gram matrix than on the matrix itself."""
 
 GROUPS = (SCHEDULE[:3], SCHEDULE[3:])
+"""Polynomials that are composed on one Gram matrix. They magnify small singular values (the first three by 140), and rounding by the
+square of that; the next group starts from a fresh Gram matrix, and leaves it behind."""
 WARM_GROUPS = (WARM_SCHEDULE,)
-"""Polynomials that are composed on one Gram matrix. They magnify small singular values by up to 150 (the first three of
-``SCHEDULE`` by 140), and rounding by the square of that; the next group starts from a fresh Gram matrix, and leaves it behind."""
+"""All on one, which magnifies by 150; what that rounds the last polynomial has room for."""
 
 HALF_MARGIN = 1.02
 """Room for the rounding of bfloat16: without it a singular value can leave the next polynomial's interval, and the iteration
@@ -89,9 +91,9 @@ def polar(
 
     Returns:
         A matrix of the same shape and dtype: zero where the input is zero (or denormal); singular values within
-        [0.997, 1] for those of the input above ``SMALLEST`` of its Schatten 4-norm, which is at most rank^(1/4) times the
-        largest of them; less for smaller ones, and for all with ``warm``, with ``half``, and where products may be rounded to TF32, as
-        with ``half``. Above 1 by at most rounding: 1e-5 in float32, 1e-9 in float64, and one rounding to the nearest for half precision.
+        [0.997, 1] for those of the input above ``SMALLEST`` of its Schatten 4-norm (with ``warm``, [0.97, 1] above ``WARM_SMALLEST``),
+        which is at most rank^(1/4) times the largest of them; less for smaller ones, and with ``half`` or where products may be rounded
+        to TF32 for all. Above 1 by at most rounding: 1e-5 in float32, 1e-9 in float64, and one rounding to the nearest for half precision.
     """
     with exact(matrix.device):
         return _polar(matrix, half, warm)
@@ -119,7 +121,7 @@ def _polar(matrix: Float[Tensor, "*batch rows cols"], half: bool, warm: bool) ->
         for index, (a, b, c) in enumerate(_rough(schedule) if rough else schedule):
             gram = gram if index == 0 else x @ x.mT
             # aX + bGX + cG²X
-            x = _plus(x, _plus(gram, gram, gram, b, c), x, a, 1)
+            x = _addmm(x, _addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a, alpha=1)
     orthogonal = (x.to(working) / HALF_MARGIN if rough else x).to(matrix.dtype).reshape(wide.shape)
     return orthogonal if wide is matrix else orthogonal.mT
 
@@ -132,36 +134,37 @@ def _rounds_to_tf32() -> bool:
     return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
-def _plus(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> Tensor:
-    """beta·base + alpha·left·right of matrices or stacks of them: nothing of a matrix's size is made in between."""
-    plus = torch.addmm if base.ndim == 2 else torch.baddbmm
-    return plus(base, left, right, beta=beta, alpha=alpha)
+def _addmm(base: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float) -> Tensor:
+    """beta·base + alpha·left·right of matrices or stacks of them, in one pass over the result."""
+    addmm = torch.addmm if base.ndim == 2 else torch.baddbmm
+    return addmm(base, left, right, beta=beta, alpha=alpha)
 
 
 def polar_of_each(
-    matrices: Sequence[Float[Tensor, "*batch rows cols"]], *, half: bool = False, warm: Sequence[bool] = ()
+    matrices: Sequence[Float[Tensor, "*batch rows cols"]], warm: Sequence[bool] | None = None, *, half: bool = False
 ) -> list[Float[Tensor, "*batch rows cols"]]:
     """``polar`` of many matrices (or stacks of them), those of one shape, up to transposition, in one iteration.
 
     Args:
         matrices: of any shapes and dtypes.
+        warm: as for ``polar``, of each; none by default.
         half: as for ``polar``.
-        warm: as for ``polar``, of each; of none by default.
 
     Returns:
         Their polar factors, in order.
     """
     groups: dict[tuple[int, int, torch.dtype, bool], list[int]] = {}
-    for index, matrix in enumerate(matrices):
+    flags = [False] * len(matrices) if warm is None else warm
+    for index, (matrix, flag) in enumerate(zip(matrices, flags, strict=True)):
         short, long = sorted(matrix.shape[-2:])
-        groups.setdefault((short, long, matrix.dtype, bool(warm) and warm[index]), []).append(index)
+        groups.setdefault((short, long, matrix.dtype, flag), []).append(index)
     found: dict[int, Tensor] = {}
-    for (*_, held), alike in groups.items():
+    for (*_, flag), alike in groups.items():
         if len(alike) == 1:
-            found[alike[0]] = polar(matrices[alike[0]], half=half, warm=held)
+            found[alike[0]] = polar(matrices[alike[0]], half=half, warm=flag)
             continue
         stacks = [_wide(matrices[index]).reshape(-1, *sorted(matrices[index].shape[-2:])) for index in alike]
-        factors = polar(torch.cat(stacks), half=half, warm=held).split([len(x) for x in stacks])
+        factors = polar(torch.cat(stacks), half=half, warm=flag).split([len(x) for x in stacks])
         for index, factor in zip(alike, factors, strict=True):
             shape = matrices[index].shape
             back = factor if shape[-2] <= shape[-1] else factor.mT
@@ -178,7 +181,7 @@ def _factor(gram: Float[Tensor, "*batch rows rows"], polynomials: Schedule) -> F
     """The matrix Q that some polynomials together multiply X with, from XXᵀ alone: each is X ← P·X with P = aI + bG + cG²."""
     product = gram
     for index, (a, b, c) in enumerate(polynomials):
-        step = _plus(gram, gram, gram, b, c)
+        step = _addmm(gram, gram, gram, beta=b, alpha=c)
         step.diagonal(dim1=-2, dim2=-1).add_(a)
         product = step if index == 0 else step @ product
         if index + 1 < len(polynomials):
