@@ -89,8 +89,8 @@ class Directed(Derivation):
             sources |= {name: begun(x, gradients[name], started[name]) for name, x in known.items()}
         before = {
             name: state.directions[name]
-            for name in sources.keys() & state.directions.keys()
-            if starts_warm(clock, places[name], periods[name])
+            for name in sources
+            if name in state.directions and starts_warm(clock, places[name], periods[name])
         }
         fresh = exchange.directions(self.norms, sources, before, half=self._half(sources, device))
         shares = signal(state, means) if self.row_places else means

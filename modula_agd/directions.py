@@ -74,7 +74,7 @@ def warmed(
 
     Returns:
         Each matrix at Euclidean length 1 with a part of the one before, as above; itself where a length is no normal number of its dtype,
-        so that what is 0 stays 0.
+        so that what is 0 stays 0 (four polynomials have to do for it, too).
     """
     old = before.to(matrix.dtype)
     lengths = [torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=precise(x.device)) for x in (matrix, old)]
