@@ -56,8 +56,8 @@ def agd(
             makes both of the same gradient. "auto" is 0.95, and None for a certified search.
         smoothing: β_s, 0 ≤ β_s < 1, of the mean of measured descents, where there is momentum. "auto" is the momentum's.
         refresh: steps ≥ 1 that a spectral direction serves where there is momentum; above 1 each is kept, which is one more
-            buffer of the weight's size, and from 4 on mostly a part of the next one (``directions.py``). "auto" is 1 on an accelerator, in
-            compiled code and for short sides below 128, and up to 8 on a CPU; a number above 1 cuts the graph of compiled code.
+            buffer of the weight's size. "auto" is 1 on an accelerator, in compiled code and for short sides below 128, and up to 8
+            on a CPU; a number above 1 cuts the graph of compiled code.
         decay: what a weight loses of itself beside a step (``decay.py``): a number λ ≥ 0, relative weight decay, by which a weight of norm
             ω loses λ·x·p·m·t of itself while it moves by x·p·m·t·ω, so that its norm tends to at most size/λ (times sqrt(i) of rows into
             logits, which go so much further); or ``Fading()``, which has no unit to choose. No part of the majorant.

@@ -11,7 +11,7 @@ from modula_agd.balance import weighed
 from modula_agd.curvature import looked_back
 from modula_agd.decay import lost
 from modula_agd.derivation import Derivation
-from modula_agd.directions import due, starts_warm
+from modula_agd.directions import due
 from modula_agd.exchange import Exchange
 from modula_agd.held_out import begun, lead, renewed, short_dtype
 from modula_agd.norm import Direction
@@ -87,12 +87,7 @@ class Directed(Derivation):
             known = {name: source for name, source in sources.items() if name in state.lead}
             started = exchange.nonzero(known)
             sources |= {name: begun(x, gradients[name], started[name]) for name, x in known.items()}
-        before = {
-            name: state.directions[name]
-            for name in sources
-            if name in state.directions and starts_warm(clock, places[name], periods[name])
-        }
-        fresh = exchange.directions(self.norms, sources, before, half=self._half(sources, device))
+        fresh = exchange.directions(self.norms, sources, half=self._half(sources, device))
         shares = signal(state, means) if self.row_places else means
         for name, place in self.row_places.items():
             if name in fresh and name in state.momentum:

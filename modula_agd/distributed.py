@@ -53,12 +53,7 @@ class ManyRanks(Exchange):
     # -- what the engine asks --------------------------------------------------------------------------------------------
 
     def directions(
-        self,
-        norms: Mapping[str, Norm],
-        sources: Mapping[str, Tensor],
-        before: Mapping[str, Tensor],
-        *,
-        half: bool = False,
+        self, norms: Mapping[str, Norm], sources: Mapping[str, Tensor], *, half: bool = False
     ) -> dict[str, Direction]:
         here, blockwise, owned = {}, {}, {}
         for name, source in sources.items():
@@ -69,9 +64,7 @@ class ManyRanks(Exchange):
                 blockwise[name] = source
             else:
                 owned[name] = source
-        old = {name: before[name] for name in owned if name in before}
-        found = directions(norms, here, before, half=half) | self._blockwise(norms, blockwise)
-        found |= self._owned(norms, owned, old, half)
+        found = directions(norms, here, half=half) | self._blockwise(norms, blockwise) | self._owned(norms, owned, half)
         return {name: found[name] for name in sources}
 
     def seen(self, found: Mapping[str, Direction], gradients: Mapping[str, Tensor]) -> dict[str, Direction]:
@@ -208,13 +201,11 @@ class ManyRanks(Exchange):
 
     # -- directions that take whole matrices -----------------------------------------------------------------------------
 
-    def _owned(
-        self, norms: Mapping[str, Norm], sources: Mapping[str, Tensor], before: Mapping[str, Tensor], half: bool
-    ) -> dict[str, Direction]:
+    def _owned(self, norms: Mapping[str, Norm], sources: Mapping[str, Tensor], half: bool) -> dict[str, Direction]:
         """Each made by its owner alone."""
         owner = self._dealt(norms, tuple(sources))
-        whole, old = self._collected(sources, owner), self._collected(before, owner) if before else {}
-        mine = {name: made.dense() for name, made in directions(norms, whole, old, half=half).items()}
+        whole = self._collected(sources, owner)
+        mine = {name: made.dense() for name, made in directions(norms, whole, half=half).items()}
         replicated = [name for name in sources if self.layouts[name].replicated]
         spread = [name for name in sources if not self.layouts[name].replicated]
         held = self._broadcast(replicated, sources, mine, owner) | self._handed_out(spread, sources, mine, owner)

@@ -23,15 +23,10 @@ class Exchange:
         return shape
 
     def directions(
-        self,
-        norms: Mapping[str, Norm],
-        sources: Mapping[str, Tensor],
-        before: Mapping[str, Tensor],
-        *,
-        half: bool = False,
+        self, norms: Mapping[str, Norm], sources: Mapping[str, Tensor], *, half: bool = False
     ) -> dict[str, Direction]:
         """What this process holds of the unit dual direction of each source; arguments as for ``directions.directions``."""
-        return directions(norms, sources, before, half=half)
+        return directions(norms, sources, half=half)
 
     def seen(self, found: Mapping[str, Direction], gradients: Mapping[str, Tensor]) -> dict[str, Direction]:
         """The directions, but 0 in each row of which the gradient says nothing, where a direction is made row by row."""

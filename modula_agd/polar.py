@@ -7,8 +7,7 @@ fastest in the spectral norm. Three things live here:
   the best approximation of 1 on the interval that the previous one reaches (Amsel, Persson, Musco, Gower 2025, *The
   Polar Express*, arXiv:2505.16932). The last is divided by its largest value, so that no singular value ends above 1.
   A singular value below ``SMALLEST`` of the matrix's Schatten 4-norm falls short of 1; it never overshoots. For wide (or
-  tall) matrices the polynomials are composed on the small Gram matrix, some at a time. A shorter
-  table, down to ``WARM_SMALLEST``, is for matrices that hold a part of an earlier polar factor (``directions.py``).
+  tall) matrices the polynomials are composed on the small Gram matrix, three at a time.
 * ``polar_by_svd``: the slow, exact reference.
 * ``largest_singular_value_bound``: Gram iteration (Delattre, Barthélemy, Araujo, Allauzen 2023, arXiv:2305.16173), an
   upper bound at every step. Power iteration would be a lower bound, which certifies nothing.
@@ -27,12 +26,9 @@ from modula_agd.rescale import rescale
 SMALLEST = 1e-3
 """Singular values above this share of the Schatten 4-norm, (Σ sⱼ⁴)^(1/4), end between 0.997 and 1."""
 
-Schedule = tuple[tuple[float, float, float], ...]
-"""Coefficients a, b, c of the polynomials, in order."""
-
 # Minimax odd quintics on [SMALLEST, 1], each shrunk by 1e-4 so that rounding cannot leave the next one's interval, the
 # last also divided by its largest value. tests/test_polar.py derives the table again by Remez exchange.
-SCHEDULE: Schedule = (
+SCHEDULE = (
     (8.4694817710, -25.1055638992, 18.6274126716),
     (4.1824158999, -3.1083902398, 0.5805486207),
     (3.9614610932, -2.9537683400, 0.5629198203),
@@ -41,36 +37,20 @@ SCHEDULE: Schedule = (
     (1.8867981277, -1.2638724057, 0.3761365550),
 )
 
-WARM_SMALLEST = 1e-2
-"""Singular values above this share of the Schatten 4-norm end between 0.97 and 1 by ``WARM_SCHEDULE``."""
-
-# likewise, on [WARM_SMALLEST, 1], the last shrunk by another 3e-4: all are composed on one Gram matrix, and nothing comes after them
-# that would mend what that rounds in float32
-WARM_SCHEDULE: Schedule = (
-    (8.0925591757, -23.6180682858, 17.4444071347),
-    (3.6362218957, -2.7216545539, 0.5364926337),
-    (2.6610338558, -1.9769568064, 0.4525711454),
-    (1.9311946587, -1.3204300500, 0.3789515561),
-)
-
 
 GRAM_SIDE = 1.5
 """From this ratio of long to short side on, fewer operations are needed on the Gram matrix than on the matrix itself."""
 
 GROUPS = (SCHEDULE[:3], SCHEDULE[3:])
-"""Polynomials that are composed on one Gram matrix. They magnify small singular values (the first three by 140), and rounding by the
-square of that; the next group starts from a fresh Gram matrix, and leaves it behind."""
-WARM_GROUPS = (WARM_SCHEDULE,)
-"""All on one, which magnifies by 150; what that rounds the last polynomial has room for."""
+"""Polynomials that may be composed on one Gram matrix: rounding, which they magnify for small singular values, is left behind
+when the next group starts from a fresh one."""
 
 HALF_MARGIN = 1.02
 """Room for the rounding of bfloat16: without it a singular value can leave the next polynomial's interval, and the iteration
 explodes. Over spectra from flat to 1e-5 and sides from 16 to 256 the largest singular value came to 1.0092 before the last division."""
 
-
-def _rough(schedule: Schedule) -> Schedule:
-    """The polynomials of what is divided by ``HALF_MARGIN`` before each; before the first, the ceiling is."""
-    return (schedule[0], *((a / HALF_MARGIN, b / HALF_MARGIN**3, c / HALF_MARGIN**5) for a, b, c in schedule[1:]))
+ROUGH_SCHEDULE = (SCHEDULE[0], *((a / HALF_MARGIN, b / HALF_MARGIN**3, c / HALF_MARGIN**5) for a, b, c in SCHEDULE[1:]))
+"""The polynomials of what is divided by ``HALF_MARGIN`` before each; before the first, the ceiling is."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -78,28 +58,25 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def polar(
-    matrix: Float[Tensor, "*batch rows cols"], *, half: bool = False, warm: bool = False
-) -> Float[Tensor, "*batch rows cols"]:
+def polar(matrix: Float[Tensor, "*batch rows cols"], *, half: bool = False) -> Float[Tensor, "*batch rows cols"]:
     """The orthogonal factor U Vᵀ of each matrix, approximately, with no singular value above 1.
 
     Args:
         matrix: any rank, shape and scale; half precision is iterated in float32.
         half: iterate in bfloat16, many times faster on an accelerator. Singular values above a hundredth of the Schatten
             4-norm then end above 0.75 (measured, as is that none exceeds 1: ``HALF_MARGIN``).
-        warm: whether it holds a part of an earlier polar factor (``directions.warmed``), so that ``WARM_SCHEDULE`` will do.
 
     Returns:
         A matrix of the same shape and dtype: zero where the input is zero (or denormal); singular values within
-        [0.997, 1] for those of the input above ``SMALLEST`` of its Schatten 4-norm (with ``warm``, [0.97, 1] above ``WARM_SMALLEST``),
-        which is at most rank^(1/4) times the largest of them; less for smaller ones, and with ``half`` or where products may be rounded
-        to TF32 for all. Above 1 by at most rounding: 1e-5 in float32, 1e-9 in float64, and one rounding to the nearest for half precision.
+        [0.997, 1] for those of the input above ``SMALLEST`` of its Schatten 4-norm, which is at most rank^(1/4) times the
+        largest of them; less for smaller ones, and for all where products may be rounded to TF32, as with ``half``. Above 1 by at most
+        rounding: 1e-5 in float32, 1e-9 in float64, and one rounding to the nearest for half precision.
     """
     with exact(matrix.device):
-        return _polar(matrix, half, warm)
+        return _polar(matrix, half)
 
 
-def _polar(matrix: Float[Tensor, "*batch rows cols"], half: bool, warm: bool) -> Float[Tensor, "*batch rows cols"]:
+def _polar(matrix: Float[Tensor, "*batch rows cols"], half: bool) -> Float[Tensor, "*batch rows cols"]:
     wide, working = _wide(matrix), working_dtype(matrix.dtype)
     # a matrix, or one stack of them
     x, _ = rescale(wide.to(working).flatten(0, -3) if wide.ndim > 3 else wide.to(working), (-2, -1))
@@ -114,11 +91,10 @@ def _polar(matrix: Float[Tensor, "*batch rows cols"], half: bool, warm: bool) ->
     ceiling = ceiling.masked_fill(ceiling == 0, 1.0)
     x, gram = (x / ceiling).to(x.dtype), (gram / ceiling.square()).to(x.dtype)
     if not rough and x.shape[-1] >= GRAM_SIDE * x.shape[-2]:
-        for index, group in enumerate(WARM_GROUPS if warm else GROUPS):
+        for index, group in enumerate(GROUPS):
             x = _factor(gram if index == 0 else x @ x.mT, group) @ x
     else:
-        schedule = WARM_SCHEDULE if warm else SCHEDULE
-        for index, (a, b, c) in enumerate(_rough(schedule) if rough else schedule):
+        for index, (a, b, c) in enumerate(ROUGH_SCHEDULE if rough else SCHEDULE):
             gram = gram if index == 0 else x @ x.mT
             # aX + bGX + cG²X
             x = _addmm(x, _addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a, alpha=1)
@@ -141,30 +117,28 @@ def _addmm(base: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: flo
 
 
 def polar_of_each(
-    matrices: Sequence[Float[Tensor, "*batch rows cols"]], warm: Sequence[bool] | None = None, *, half: bool = False
+    matrices: Sequence[Float[Tensor, "*batch rows cols"]], *, half: bool = False
 ) -> list[Float[Tensor, "*batch rows cols"]]:
     """``polar`` of many matrices (or stacks of them), those of one shape, up to transposition, in one iteration.
 
     Args:
         matrices: of any shapes and dtypes.
-        warm: as for ``polar``, of each; none by default.
         half: as for ``polar``.
 
     Returns:
         Their polar factors, in order.
     """
-    groups: dict[tuple[int, int, torch.dtype, bool], list[int]] = {}
-    flags = [False] * len(matrices) if warm is None else warm
-    for index, (matrix, flag) in enumerate(zip(matrices, flags, strict=True)):
+    groups: dict[tuple[int, int, torch.dtype], list[int]] = {}
+    for index, matrix in enumerate(matrices):
         short, long = sorted(matrix.shape[-2:])
-        groups.setdefault((short, long, matrix.dtype, flag), []).append(index)
+        groups.setdefault((short, long, matrix.dtype), []).append(index)
     found: dict[int, Tensor] = {}
-    for (*_, flag), alike in groups.items():
+    for alike in groups.values():
         if len(alike) == 1:
-            found[alike[0]] = polar(matrices[alike[0]], half=half, warm=flag)
+            found[alike[0]] = polar(matrices[alike[0]], half=half)
             continue
         stacks = [_wide(matrices[index]).reshape(-1, *sorted(matrices[index].shape[-2:])) for index in alike]
-        factors = polar(torch.cat(stacks), half=half, warm=flag).split([len(x) for x in stacks])
+        factors = polar(torch.cat(stacks), half=half).split([len(x) for x in stacks])
         for index, factor in zip(alike, factors, strict=True):
             shape = matrices[index].shape
             back = factor if shape[-2] <= shape[-1] else factor.mT
@@ -177,7 +151,9 @@ def _wide(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch sh
     return matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
 
 
-def _factor(gram: Float[Tensor, "*batch rows rows"], polynomials: Schedule) -> Float[Tensor, "*batch rows rows"]:
+def _factor(
+    gram: Float[Tensor, "*batch rows rows"], polynomials: tuple[tuple[float, float, float], ...]
+) -> Float[Tensor, "*batch rows rows"]:
     """The matrix Q that some polynomials together multiply X with, from XXᵀ alone: each is X ← P·X with P = aI + bG + cG²."""
     product = gram
     for index, (a, b, c) in enumerate(polynomials):

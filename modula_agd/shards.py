@@ -98,10 +98,7 @@ class Layout:
 
 
 def cost(norm: Norm, shape: tuple[int, ...]) -> float:
-    """Multiplications that a direction takes: about 18·min(o, i) for each entry of a matrix [o, i], and one for each entry.
-
-    Of one that starts warm it is two thirds of that; as all large ones do, the shares of ranks are alike.
-    """
+    """Multiplications that a direction takes: about 18·min(o, i) for each entry of a matrix [o, i], and one for each entry."""
     matrices = norm.matrices(torch.empty(shape, device="meta"))
     return float(math.prod(shape) + sum(18 * matrix.numel() * min(matrix.shape[-2:]) for matrix in matrices))
 

@@ -56,8 +56,8 @@ class State(NamedTuple):
         mean_weights: the sum of what the momentum's gradients weigh that said something of the row.
         momentum: m of each parameter that has had a gradient; empty without momentum.
         lead: l of the same, which the next direction is made of; bfloat16 but for double precision, or where full was asked for.
-        directions: u of each parameter at the last step, kept where it serves further steps (the next one then starts from it, too), or
-            (as short as the lead) where curvature or balance is measured along it; else empty.
+        directions: u of each parameter at the last step, kept where it serves further steps, or (as short as the lead) where
+            curvature or balance is measured along it; else empty.
     """
 
     eta: Scalar

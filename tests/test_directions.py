@@ -22,9 +22,9 @@ from modula_agd import (
     Unfolded,
     agd,
 )
-from modula_agd.directions import LONGEST, RESTART, SIDE, WARM_PERIOD, directions, due, period, starts_warm, warmed
+from modula_agd.directions import LONGEST, SIDE, directions, due, period
 from modula_agd.norm import BlockNorm, Frobenius
-from modula_agd.polar import SCHEDULE, WARM_SCHEDULE, polar, polar_of_each
+from modula_agd.polar import polar, polar_of_each
 from support import gaussian
 
 NETWORKS = {
@@ -38,12 +38,9 @@ NETWORKS = {
 def test_polar_factors_taken_together_are_those_taken_apart(dtype: torch.dtype) -> None:
     shapes = [(3, 5), (5, 3), (2, 3, 5), (4, 4), (3, 5), (2, 2, 5, 3), (1, 7)]
     matrices = [gaussian(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
-    warm = [True, False, True, False, False, True, True]
-    for matrix, held, together in zip(matrices, warm, polar_of_each(matrices, warm), strict=True):
+    for matrix, together in zip(matrices, polar_of_each(matrices), strict=True):
         assert together.shape == matrix.shape
-        torch.testing.assert_close(
-            together, polar(matrix, warm=held), rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12
-        )
+        torch.testing.assert_close(together, polar(matrix), rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -53,9 +50,6 @@ def test_directions_taken_together_are_those_of_each_norm(name: str) -> None:
     sources = {key: gaussian(*atom.shape, seed=seed) for seed, (key, atom) in enumerate(atoms.items())}
     found = directions(norms, sources)
     assert list(found) == list(sources)
-    warm = directions(norms, sources, {key: gaussian(*atoms[key].shape, seed=9) for key in list(norms)[::2]})
-    assert all(torch.equal(warm[key].dense(), found[key].dense()) for key in list(norms)[1::2])
-    assert not all(torch.equal(warm[key].dense(), found[key].dense()) for key in list(norms)[::2])
     for key, source in sources.items():
         torch.testing.assert_close(found[key].dense(), norms[key].direction(source).dense(), rtol=0, atol=1e-12)
 
@@ -103,32 +97,20 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
 NET = Linear(3, 6) @ Linear(6, 4)
 
 
-def by_singular_values(lead: Tensor, before: Tensor | None) -> Tensor:
-    """The unit direction of a Linear's lead [out, in], from the direction before where there is one."""
-    blend = lead if before is None else lead / lead.norm() + 0.1 * before / before.norm()
-    u, s, vh = torch.linalg.svd(blend, full_matrices=False)
-    s = s / (s**4).sum() ** 0.25
-    for a, b, c in SCHEDULE if before is None else WARM_SCHEDULE:
-        s = a * s + b * s**3 + c * s**5
-    return (u * s) @ vh * (lead.shape[0] / lead.shape[1]) ** 0.5
-
-
-@pytest.mark.parametrize("every", [WARM_PERIOD - 1, WARM_PERIOD])
-def test_kept_directions_equal_a_slow_reference(every: int) -> None:
-    method = agd(NET, SquareLoss(), refresh=every, balance="declared")
+def test_kept_directions_equal_a_slow_reference() -> None:
+    method = agd(NET, SquareLoss(), refresh=3, balance="declared")
     params = NET.init(0, dtype=torch.float64)
     state = method.init(params)
     kept: dict[str, Tensor] = {}
     momentum = {name: torch.zeros_like(weight) for name, weight in params.items()}
     lead: dict[str, Tensor] = {}
-    # of a direction that serves several steps
-    nu = 2 * 0.05 * every**0.5
-    for step in range(12 * every):
+    # of a direction that serves three steps
+    nu = 2 * 0.05 * 3**0.5
+    for step in range(12):
         grads = torch.func.grad(method.objective)(params, *batch(step))
         for index, name in enumerate(params):
-            if step < every or (step + index) % every == 0:
-                before = kept.get(name) if every >= WARM_PERIOD and (step + index) // every % 4 != 0 else None
-                kept[name] = by_singular_values(lead.get(name, grads[name]), before)
+            if step < 3 or (step + index) % 3 == 0:
+                kept[name] = NET.weights()[name].norm.direction(lead.get(name, grads[name])).dense()
         updates, state = method.update(grads, state, params)
         for name in params:
             torch.testing.assert_close(updates[name], -state.t * kept[name], rtol=1e-9, atol=1e-12)
@@ -136,55 +118,6 @@ def test_kept_directions_equal_a_slow_reference(every: int) -> None:
         momentum = {name: 0.95 * momentum[name] + 0.05 * g for name, g in grads.items()}
         lead = {name: (1 - nu) * momentum[name] + nu * g for name, g in grads.items()}
         params = {name: weight + updates[name] for name, weight in params.items()}
-
-
-def test_a_warm_start_is_the_sum_of_both_at_euclidean_length_1() -> None:
-    stack, before = gaussian(3, 4, 6), gaussian(3, 4, 6, seed=1)
-    expected = torch.stack([x / x.norm() + 0.1 * u / u.norm() for x, u in zip(stack, before, strict=True)])
-    scales = torch.tensor([1.0, 1e-120, 1e120], dtype=torch.float64).reshape(3, 1, 1)
-    torch.testing.assert_close(warmed(scales * stack, before), expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(warmed((1e-30 * stack).float(), before.bfloat16()), expected.float(), rtol=0, atol=1e-3)
-
-
-@pytest.mark.parametrize("size", [0.0, 1e-170, 1e160, torch.inf, torch.nan])
-def test_a_start_is_not_warm_where_a_length_is_no_number(size: float) -> None:
-    lead, before = torch.full((2, 3), size, dtype=torch.float64), gaussian(2, 3)
-    torch.testing.assert_close(warmed(lead, before), lead, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(warmed(before, torch.zeros_like(before)), before)
-
-
-def test_each_matrix_of_a_weight_starts_warm_by_its_own_length() -> None:
-    """A block whose gradients are small beside another's must not go on as it went."""
-    norm, lead, before = RowBlocks(Spectral(), 2), gaussian(8, 6), gaussian(8, 6, seed=1)
-    scaled = torch.cat([lead[:4], 1e-6 * lead[4:]])
-    found, expected = (directions({"w": norm}, {"w": x}, {"w": before})["w"].dense() for x in (scaled, lead))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
-    silent = torch.cat([lead[:4], torch.zeros(4, 6, dtype=lead.dtype)])
-    assert not directions({"w": norm}, {"w": silent}, {"w": before})["w"].dense()[4:].any()
-
-
-def test_rows_that_no_gradient_touches_any_more_stop() -> None:
-    method, params = agd(NET, SquareLoss(), refresh=WARM_PERIOD), NET.init(0, dtype=torch.float64)
-    state, moved = method.init(params), []
-    for step in range(600):
-        grads = torch.func.grad(method.objective)(params, *batch(step))
-        if step >= 40:
-            grads["0.weight"][3:] = 0
-        updates, state = method.update(grads, state, params)
-        params = {name: weight + updates[name] for name, weight in params.items()}
-        moved.append(float(updates["0.weight"][3:].norm() / updates["0.weight"].norm()))
-    assert min(moved[:40]) > 0.1
-    assert max(moved[-4 * RESTART :]) < 1e-3
-
-
-@pytest.mark.parametrize("every", [WARM_PERIOD, 8])
-def test_one_direction_of_a_few_does_not_start_warm(every: int) -> None:
-    for index in range(5):
-        made = [clock for clock in range(1000) if due(clock, index, every)]
-        cold = [clock for clock in made if not starts_warm(clock, index, every)]
-        later = [clock for clock in cold if clock >= every]
-        assert all(second - first == RESTART * every for first, second in pairwise(later))
-    assert not any(starts_warm(clock, 0, WARM_PERIOD - 1) for clock in range(100))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
