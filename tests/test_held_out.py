@@ -182,7 +182,8 @@ def test_steps_come_to_go_beyond_their_minimisers_as_the_averages_do_of_many() -
 
 
 def test_an_outlier_counts_as_so_many_root_mean_squares() -> None:
-    method = agd(NET, SquareLoss(), momentum=BETA)
+    # of weights that stay where they are, what slopes were used up is rounding, and portions would follow it
+    method = agd(NET, SquareLoss(), momentum=BETA, balance="declared")
     params = NET.init(0, dtype=torch.float64)
     grads = gradients(method, params, *batch(0))
     state = method.init(params)
