@@ -22,6 +22,7 @@ MATRICES = {
     "two repeated": with_singular_values(torch.tensor([2.0, 2.0, 1.0, 1.0, 1.0]), 6, 5),
     "ill-conditioned": with_singular_values(torch.logspace(-12, 0, 10), 10, 10),
     "just above the smallest": with_singular_values(torch.tensor([1.0, 1.001e-3]), 4, 4),
+    "one large, many small": with_singular_values(torch.cat([ONES[:1], torch.full((63,), 0.0125)]), 64, 128),
     "zero": torch.zeros(4, 3, dtype=torch.float64),
     "one nonzero entry": torch.eye(6, 4, dtype=torch.float64)[:, :1] @ torch.ones(1, 4, dtype=torch.float64),
     "diagonal": torch.diag(torch.tensor([1.0, 0.5, 0.25, 1e-3], dtype=torch.float64)),
