@@ -79,7 +79,7 @@ def polar(matrix: Float[Tensor, "*batch rows cols"], *, half: bool = False) -> F
 def _polar(matrix: Float[Tensor, "*batch rows cols"], half: bool) -> Float[Tensor, "*batch rows cols"]:
     wide, working = _wide(matrix), working_dtype(matrix.dtype)
     # a matrix, or one stack of them
-    x, _ = rescale(wide.to(working).flatten(0, -3) if wide.ndim > 3 else wide.to(working), (-2, -1))
+    x, _ = rescale(wide.to(working).flatten(0, max(0, wide.ndim - 3)), (-2, -1))
     # products in TF32 or of bfloat16 parts round like half precision, whatever their operands
     rough = half or (working == torch.float32 and matrix.is_cuda and _rounds_to_tf32())
     if half:

@@ -332,6 +332,15 @@ def test_an_impossible_momentum_is_refused(momentum) -> None:
         agd(NET, SquareLoss(), momentum=momentum)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"smoothing": 1.0}, "smoothing"), ({"smoothing": 0.9, "momentum": None}, "without momentum")],
+)
+def test_an_impossible_smoothing_is_refused(options, message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        agd(NET, SquareLoss(), **options)
+
+
 def test_momentum_certifies_nothing() -> None:
     with pytest.raises(InvalidArgument, match="Leave momentum out"):
         agd(NET, SquareLoss(), search=Certified(), momentum=0.9)

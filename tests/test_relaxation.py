@@ -31,8 +31,6 @@ def test_a_step_goes_the_stated_multiple_of_the_minimiser() -> None:
     [
         ({"relaxation": 0}, "relaxation"),
         ({"relaxation": float("nan")}, "relaxation"),
-        ({"smoothing": 1.0}, "smoothing"),
-        ({"smoothing": 0.9, "momentum": None}, "without momentum"),
         ({"relaxation": 2.0, "search": Certified()}, "relaxation"),
     ],
 )
