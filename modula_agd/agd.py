@@ -221,6 +221,13 @@ def published(network: Network, loss: Loss) -> Method:
 
     The declared size is 1 for every weight matrix. The paper has no biases; here a ``Bias`` counts with its own size. A convolution
     is the AGD code's with ``geometry="taps"``, which ``VGG16`` and ``ResNet`` have without normalisation alone.
+
+    Args:
+        network: whose parameter tensors are counted.
+        loss: to be lowered.
+
+    Raises:
+        InvalidArgument: as for ``agd``.
     """
     tensors = len(network.weights())
     return agd(network, loss, direction="frobenius", search=ClosedForm(depth=tensors, magnitude=1.0), momentum=None)

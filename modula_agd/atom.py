@@ -43,6 +43,9 @@ class Linear(Atom):
     Args:
         fan_out: the codomain, or a number of features for one of the domain's kind.
         fan_in: the domain (``Features`` or ``Sequence``), or a number of features.
+
+    Raises:
+        SpaceMismatch: the domain is neither, or the codomain is of another kind and no ``Logits``.
     """
 
     fan_out: int | Space

@@ -184,6 +184,9 @@ class Attention(Bond):
     Args:
         causal: whether a position sees itself and earlier ones alone.
         scale: σ₀ > 0; 1/d by default, which keeps scores of unit queries and keys within ±1.
+
+    Raises:
+        InvalidArgument: the scale is no finite number above 0, or ``causal`` no flag.
     """
 
     causal: bool = field(default=False, kw_only=True)

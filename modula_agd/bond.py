@@ -126,7 +126,11 @@ def ReLU() -> Elementwise:
 
 
 def LeakyReLU(slope: float = 0.01) -> Elementwise:
-    """x for x ≥ 0, slope·x below."""
+    """x for x ≥ 0, slope·x below.
+
+    Raises:
+        InvalidArgument: the slope is not a finite number.
+    """
     if not isinstance(slope, int | float) or not math.isfinite(slope):
         raise InvalidArgument(f"LeakyReLU was given slope={slope!r}, which must be a finite number")
     steeper = max(1.0, abs(slope))

@@ -47,6 +47,9 @@ class Constant:
         grade: whether it is a theorem, a mean-field value or an assumption.
         source: where it is proved or read, or how it was computed.
         witness: where the constant is attained, for a proved one: an input, or a pair of inputs, in words or numbers.
+
+    Raises:
+        InvalidArgument: the value is not a finite number above 0.
     """
 
     value: float
@@ -65,7 +68,12 @@ class Constant:
 
 @dataclass(frozen=True)
 class Gain:
-    """A Lipschitz constant twice: the worst case (proved) and the mean-field value that typical inputs show."""
+    """A Lipschitz constant twice, dimensionless.
+
+    Args:
+        proved: the worst case.
+        typical: the mean-field value that typical inputs show.
+    """
 
     proved: Constant
     typical: Constant
@@ -84,7 +92,17 @@ class Gain:
 
 @dataclass(frozen=True)
 class Bound:
-    """What is known of one activation; see the module's table. ``depth`` and ``ceiling`` do not depend on t."""
+    """What is known of one activation; see the module's table.
+
+    Args:
+        magnitude: a, in the space's norm.
+        growth: γ(t) ≥ 1, dimensionless.
+        error: κ(t) ≥ 0, dimensionless; None where a kink forbids it.
+        depth: D, which does not depend on t.
+        ceiling: D̄, nor does it.
+        grade: the weakest of the constants that it rests on.
+        assumptions: all that is not proved, named.
+    """
 
     magnitude: Number
     growth: Number

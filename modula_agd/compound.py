@@ -77,6 +77,10 @@ def residual(block: Module | tuple[Module, ...], blocks: int, *, form: Form = "c
             a residual connection of its own (B then counts them all).
         blocks: number of blocks ≥ 1, each with weights of its own.
         form: "convex", or "sum" for Identity + block.
+
+    Raises:
+        InvalidArgument: a block maps its space to another, or their number is below 1.
+        SpaceMismatch: a block is no module.
     """
     positive("the number of residual blocks", blocks)
     branches = block if isinstance(block, tuple) else (block,)

@@ -115,6 +115,9 @@ def ResNet(
         norm: normalisation before each rectifier.
         bias: whether convolutions and head have a bias.
         affine: whether normalisation is followed by a scale and a bias.
+
+    Raises:
+        InvalidArgument: the width or a number of blocks is below 1, or a choice is none of those named.
     """
     positive("the width of a ResNet", width)
     if stem not in ("cifar", "imagenet"):

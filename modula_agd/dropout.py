@@ -22,6 +22,9 @@ class Dropout(LinearBond):
 
     Args:
         probability: p, 0 ≤ p < 1.
+
+    Raises:
+        InvalidArgument: it is not.
     """
 
     probability: float

@@ -51,6 +51,9 @@ class Atom(Module, ABC):
     Args:
         mass: share of a step: the relative step is mass·t. Dimensionless, ≥ 0; 0 freezes the atom.
         size: ω, the norm at which the weight is drawn and, unless sizes are tracked, held to be. > 0.
+
+    Raises:
+        InvalidArgument: either is out of range.
     """
 
     mass: float = field(default=1.0, kw_only=True)
@@ -176,7 +179,11 @@ class Bond(Module, ABC):
         """The map, on a batch."""
 
     def codomain_of(self, domain: Space) -> Space:
-        """The space of outputs for inputs from ``domain``; raises ``SpaceMismatch`` for one it does not take."""
+        """The space of outputs for inputs from ``domain``.
+
+        Raises:
+            SpaceMismatch: the bond does not take it.
+        """
         if isinstance(domain, Tuple):
             raise SpaceMismatch(
                 f"{self!r} acts on one tensor, but the module before it gives {domain}. Join the branches by Multiply() first."
@@ -188,7 +195,11 @@ class Bond(Module, ABC):
         return codomain if type(self).codomain_of is Bond.codomain_of else None
 
     def rule(self, x: Any, gain: float) -> Any:
-        """How the bound passes, with the Lipschitz constant to use; of a tuple, a tuple of bounds is passed in."""
+        """How the bound passes, with the Lipschitz constant to use; of a tuple, a tuple of bounds is passed in.
+
+        Raises:
+            UnknownBound: of a tuple, unless overridden.
+        """
         if isinstance(x, tuple):
             raise UnknownBound(
                 f"{self!r} takes a tuple, of which one Lipschitz constant says nothing. Override rule(self, x, gain), where x holds "

@@ -198,6 +198,9 @@ class CrossEntropy(Loss):
 
     Args:
         label_smoothing: share of the target spread evenly over all classes, in [0, 1].
+
+    Raises:
+        InvalidArgument: it is not.
     """
 
     label_smoothing: float = 0.0
@@ -278,6 +281,9 @@ class Huber(Loss):
 
     Args:
         threshold: where the quadratic ends, in units of the outputs, > 0.
+
+    Raises:
+        InvalidArgument: the threshold is not a finite number above 0.
     """
 
     threshold: float = 1.0

@@ -178,6 +178,9 @@ class ClosedForm(Search):
     Args:
         depth: replaces D̄ where declared; the AGD code counts parameter tensors.
         magnitude: replaces a where declared; the AGD paper has 1.
+
+    Raises:
+        InvalidArgument: either is given and not above 0.
     """
 
     depth: float | None = None

@@ -232,6 +232,9 @@ class BatchNorm(Normalisation):
         momentum: share of the new batch in the running statistics, 0 to 1.
         floor: f > 0, the least deviation of any channel that is assumed before and after every step.
         eps: ε > 0.
+
+    Raises:
+        InvalidArgument: the count is below 2, the momentum not within 0 and 1, or floor or ε not a finite number above 0.
     """
 
     count: int | None = None

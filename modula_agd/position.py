@@ -87,6 +87,9 @@ class Rotary(LinearBond):
 
     Args:
         base: of the geometric sequence of angular speeds, > 1.
+
+    Raises:
+        InvalidArgument: it is not a finite number above 1.
     """
 
     base: float = 10000.0

@@ -95,7 +95,15 @@ class Space(ABC):
         """The dual norm of each sample's gradient: max of ⟨gradient, x⟩ over ‖x‖ ≤ 1."""
 
     def check(self, x: Tensor, taker: object) -> None:
-        """Raise ``SpaceMismatch``, naming the ``taker`` of the input, unless ``x`` belongs here."""
+        """See that ``x`` belongs here.
+
+        Args:
+            x: a batch.
+            taker: what an error names as that which takes it.
+
+        Raises:
+            SpaceMismatch: it does not.
+        """
         if not isinstance(x, self.kind) or not self.fits(x):
             raise SpaceMismatch(
                 f"{brief(taker)} takes {self} = {self.shape}, but got {_described(x)}. "

@@ -83,6 +83,9 @@ def Transformer(
         bias: whether each Linear is followed by a Bias.
         affine: whether each normalisation is followed by a scale and a bias.
         dropout: probability, on the output of each block.
+
+    Raises:
+        InvalidArgument: a number is out of range, the heads do not divide the width, or a choice is none of those named.
     """
     space = Sequence(width)
     if feed_forward not in ("gelu", "swiglu"):
@@ -184,6 +187,9 @@ def ViT(
         side: of the images in pixels.
         bias: whether each Linear and the patch embedding are followed by a Bias.
         options: as for ``Transformer``.
+
+    Raises:
+        InvalidArgument: the patch does not divide the image, or as for ``Transformer``.
     """
     positive("the side of a patch", patch)
     positive("the side of an image", side)

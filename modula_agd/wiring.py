@@ -66,6 +66,9 @@ def each(*parts: Module) -> Module:
 
     Args:
         parts: one for each part of the tuple; ``Identity()`` passes one on.
+
+    Raises:
+        SpaceMismatch: there is none, or one is no module.
     """
     for part in parts:
         if not isinstance(part, Module):
@@ -85,6 +88,9 @@ class Shared(Wrapper):
     Args:
         name: the root of the parameters' names, an identifier.
         inner: the module.
+
+    Raises:
+        InvalidArgument: the name is no identifier, or the other no module.
     """
 
     name: str
@@ -127,6 +133,9 @@ class Take(Bond):
 
     Args:
         index: which, from 0.
+
+    Raises:
+        InvalidArgument: it is no integer of at least 0.
     """
 
     index: int
