@@ -10,9 +10,10 @@ forget over a time that grows with the run,
 
     s_n = c/(n + 50),  so that at step n what step i did counts  Π_{i<j≤n} (1 − s_j) ≈ ((i + 50)/(n + 50))^c,
 
-as in averages of weights and of steps (``averaging.py``, ``step_average.py``): of itself a run keeps about the last 1/(c + 1), however long
-it is, and of the initial weights (50/(n + 50))^c or more. No weight loses more than it moves of one of declared size: where steps are short
-at first, norms stay near their sizes. (Of a multiplier r the power is r·c, so that one which comes down ends the fading.)
+as in averages of weights and of steps (``averaging.py``, ``step_average.py``): of itself a run keeps about the last 1/(c + 1), with the
+default c = 1 the last half, however long it is, and of the initial weights (50/(n + 50))^c or more. No weight loses more than it moves of one
+of declared size: where steps are short at first, norms stay near their sizes. (Of a multiplier r the power is r·c, so that one which comes
+down ends the fading.)
 
 Decay is no part of the majorant, which is of the loss along the step alone: what it costs counts in no descent, and what it moves in no
 growth, as in decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101). Counted in, steps come to rest where what they give and
@@ -41,6 +42,8 @@ class Decay(ABC):
 
     vectors: ClassVar[bool] = True
     """Whether parameters of one dimension, biases and gains, decay like the others."""
+    logits: ClassVar[bool] = True
+    """Whether weights into the max norm, the rows that logits are made with, do."""
 
     @abstractmethod
     def shares(self, lengths: Each, stretches: Each, steps: Int[Tensor, ""]) -> Each:
@@ -83,7 +86,8 @@ class Relative(Decay):
 class Fading(Decay):
     """Decay without a unit: at step n, what step i did counts about (i/n)^c.
 
-    For training from scratch: weights that were trained before fade like all that a run begins with. Biases and gains do not fade.
+    For training from scratch: weights that were trained before fade like all that a run begins with. Biases and gains do not fade, nor do
+    weights into the max norm of logits: a network that classifies needs their length for its certainty, whatever it has forgotten.
 
     Args:
         power: c > 0; the default was chosen for five tasks at once, by losses in training and on a tenth of the training data that was
@@ -95,8 +99,9 @@ class Fading(Decay):
     """
 
     vectors: ClassVar[bool] = False
+    logits: ClassVar[bool] = False
 
-    power: float = 0.75
+    power: float = 1.0
     most: float = 1.0
 
     def __post_init__(self) -> None:

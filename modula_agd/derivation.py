@@ -210,6 +210,13 @@ class Derivation:
             found = torch.tensor([float(depth(row)) for row in rows])
         return dict(zip(self.atoms, found.tolist(), strict=True))
 
+    def _fades(self, name: str) -> bool:
+        """Whether a parameter is of a kind that the decay takes from."""
+        if self.decay is None:
+            return False
+        into_logits = self.norms[name].stride != 1
+        return (self.decay.vectors or len(self.atoms[name].shape) > 1) and (self.decay.logits or not into_logits)
+
     def _plan(self, device: torch.device) -> Plan:
         if device not in self._plans:
             scalars = precise(device)
@@ -220,8 +227,7 @@ class Derivation:
             periods = {name: period(self.norms[name], atom.shape, refresh) for name, atom in self.atoms.items()}
             depths = masses.new_tensor(list(self._depths({}).values()) if self.balance == "measured" else [])
             strides = masses.new_tensor(list(self.strides.values()))
-            vectors = self.decay is None or self.decay.vectors
-            fades = torch.tensor([vectors or len(atom.shape) > 1 for atom in self.atoms.values()], device=device)
+            fades = torch.tensor([self._fades(name) for name in self.atoms], device=device)
             self._plans[device] = Plan(
                 *self._evaluate({}, self.magnitude, device), sizes, masses, periods, depths, strides, fades
             )

@@ -16,6 +16,7 @@ from modula_agd import (
     Fading,
     InvalidArgument,
     Linear,
+    Logits,
     Relative,
     SquareLoss,
     Tanh,
@@ -139,7 +140,7 @@ def test_rows_of_an_embedding_fade_whether_seen_or_not() -> None:
     params = net.init(0, dtype=torch.float64)
     grads = {name: gaussian(6, 4, seed=7) * (torch.arange(6) < 3)[:, None]}
     updates, state = method.update(grads, method.init(params), params)
-    share = min(0.75 / 51, float(state.t * state.portions))
+    share = min(1 / 51, float(state.t * state.portions))
     torch.testing.assert_close(updates[name][3:], -share * params[name][3:])
 
 
@@ -248,16 +249,50 @@ def test_a_rule_may_take_all_of_a_weight_but_nothing_of_one_that_stands_still() 
     assert [share.decayed for share in optimizer.explain().shares] == [0, 1]
 
 
-def test_biases_and_gains_do_not_fade() -> None:
+def faded(model, loss, inputs, targets, decay) -> set[str]:
+    """The parameters that a step of a captured model takes from."""
+    mine = copy.deepcopy(model)
+    optimizer = AGD(mine, loss, example_inputs=inputs, decay=decay)
+    optimizer.method.loss(mine(inputs), targets).backward()
+    optimizer.step()
+    return {share.name for share in optimizer.explain().shares if share.decayed}
+
+
+def test_biases_and_gains_and_rows_into_logits_do_not_fade() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.LayerNorm(8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     inputs, labels = torch.randn(16, 6), torch.arange(16) % 3
-    for decay, fades in ((Fading(), {"0.weight", "3.weight"}), (0.1, {name for name, _ in model.named_parameters()})):
-        mine = copy.deepcopy(model)
-        optimizer = AGD(mine, CrossEntropy(), example_inputs=inputs, decay=decay)
-        torch.nn.functional.cross_entropy(mine(inputs), labels).backward()
-        optimizer.step()
-        assert {share.name for share in optimizer.explain().shares if share.decayed} == fades
+    everything = {name for name, _ in model.named_parameters()}
+    assert faded(model, CrossEntropy(), inputs, labels, Fading()) == {"0.weight"}
+    assert faded(model, CrossEntropy(), inputs, labels, 0.1) == everything
+    # what a square loss is of is measured like all else
+    assert faded(model, SquareLoss(), inputs, torch.randn(16, 3), Fading()) == {"0.weight", "3.weight"}
+
+
+@pytest.mark.parametrize("options", [{}, {"constants": "proved"}, {"rows": "declared"}, {"direction": "frobenius"}], ids=str)
+def test_rows_into_logits_do_not_fade_whatever_they_go_by(options) -> None:
+    net = Linear(Logits(3), 6) @ Tanh() @ Linear(6, 4)
+    method = agd(net, CrossEntropy(), decay=Fading(), **options)
+    params = net.init(0, dtype=torch.float64)
+    grads = torch.func.grad(method.objective)(params, gaussian(8, 4), torch.arange(8) % 3)
+    _, state = method.update(grads, method.init(params), params)
+    assert [share.decayed > 0 for share in explain(method, state).shares] == [True, False]
+
+
+class Right(torch.nn.Module):
+    """A head that multiplies from the right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = torch.nn.Linear(6, 8, bias=False), torch.nn.Parameter(torch.randn(8, 3) / 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.hidden(x).relu() @ self.head
+
+
+def test_a_head_that_multiplies_from_the_right_does_not_fade_either() -> None:
+    torch.manual_seed(0)
+    assert faded(Right(), CrossEntropy(), torch.randn(16, 6), torch.arange(16) % 3, Fading()) == {"hidden.weight"}
 
 
 def test_steps_that_are_left_out_do_not_count_in_the_run() -> None:
@@ -270,8 +305,8 @@ def test_steps_that_are_left_out_do_not_count_in_the_run() -> None:
         assert not any(update.any() for update in updates.values())
     updates, state = method.update(grads, state, params)
     shares = method.lost(state.t, state.portions, state.stretches, state.steps - state.skipped, state.descents != 0)
-    assert shares.tolist() == pytest.approx([0.75 / 51] * 2)
-    assert [share.decayed for share in explain(method, state).shares] == pytest.approx([0.75 / 51] * 2)
+    assert shares.tolist() == pytest.approx([1 / 51] * 2)
+    assert [share.decayed for share in explain(method, state).shares] == pytest.approx([1 / 51] * 2)
 
 
 def test_half_precision_fades_like_full() -> None:
