@@ -10,10 +10,10 @@ forget over a time that grows with the run,
 
     s_n = c/(n + 50),  so that at step n what step i did counts  Π_{i<j≤n} (1 − s_j) ≈ ((i + 50)/(n + 50))^c,
 
-as in averages of weights and of steps (``averaging.py``, ``step_average.py``): of itself a run keeps about the last 1/(c + 1), with the
-default c = 1 the last half, however long it is, and of the initial weights (50/(n + 50))^c or more. No weight loses more than it moves of one
-of declared size: where steps are short at first, norms stay near their sizes. (Of a multiplier r the power is r·c, so that one which comes
-down ends the fading.)
+as in averages of weights and of steps (``averaging.py``, ``step_average.py``): of itself a run keeps about the last 1/(c + 1), with
+c = 1 the last half, however long it is, and of the initial weights (50/(n + 50))^c or more. No weight loses more than it moves of one of
+declared size: where steps are short at first, norms stay near their sizes. (Of a multiplier r the power is r·c, so that one which comes
+down ends the fading.) Weights into logits do not fade: their length is how certain a classifier is, and training wants that.
 
 Decay is no part of the majorant, which is of the loss along the step alone: what it costs counts in no descent, and what it moves in no
 growth, as in decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101). Counted in, steps come to rest where what they give and
