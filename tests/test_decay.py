@@ -269,7 +269,9 @@ def test_biases_and_gains_and_rows_into_logits_do_not_fade() -> None:
     assert faded(model, SquareLoss(), inputs, torch.randn(16, 3), Fading()) == {"0.weight", "3.weight"}
 
 
-@pytest.mark.parametrize("options", [{}, {"constants": "proved"}, {"rows": "declared"}, {"direction": "frobenius"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"constants": "proved"}, {"rows": "declared"}, {"direction": "frobenius"}], ids=str
+)
 def test_rows_into_logits_do_not_fade_whatever_they_go_by(options) -> None:
     net = Linear(Logits(3), 6) @ Tanh() @ Linear(6, 4)
     method = agd(net, CrossEntropy(), decay=Fading(), **options)
