@@ -60,7 +60,8 @@ def agd(
             on a CPU; a number above 1 cuts the graph of compiled code.
         decay: what a weight loses of itself beside a step (``decay.py``): a number λ ≥ 0, relative weight decay, by which a weight of norm
             ω loses λ·x·p·m·t of itself while it moves by x·p·m·t·ω, so that its norm tends to at most size/λ (times sqrt(i) of rows into
-            logits, which go so much further); or ``Fading()``, which has no unit to choose. No part of the majorant.
+            logits, which go so much further); or ``Fading()``, which has no unit to choose and spares
+            biases, gains and, under cross-entropy, the last layer. No part of the majorant.
         relaxation: multiple > 0 of its minimiser that a majorant asks for. "auto" is, where curvature is measured,
             1 at first and up to 2 as the run goes on, the longer the less steady the measured descents are (``held_out.py``), but 1 for a
             captured model, whose bound is as tight as it is uncertain; 1 elsewhere. Above 1 it is assumed, not derived, that the loss
@@ -223,13 +224,15 @@ def published(network: Network, loss: Loss) -> Method:
     is the AGD code's with ``geometry="taps"``, which ``VGG16`` and ``ResNet`` have without normalisation alone.
 
     Args:
-        network: whose parameter tensors are counted.
+        network: typed modules, whose parameter tensors are counted.
         loss: to be lowered.
 
     Raises:
-        InvalidArgument: as for ``agd``.
+        InvalidArgument: the network has no parameter.
+        SpaceMismatch: the network and the loss do not go together, or either is none.
     """
-    tensors = len(network.weights())
+    # what is no network is for agd to refuse
+    tensors = len(network.weights()) if isinstance(network, Network) else 1
     return agd(network, loss, direction="frobenius", search=ClosedForm(depth=tensors, magnitude=1.0), momentum=None)
 
 

@@ -26,6 +26,7 @@ from modula_agd.bound import Bound, Number
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.layer import Atom
 from modula_agd.norm import RMS, Norm, RowBlocks, RowNorm, Sign, Spectral
+from modula_agd.run import Role
 from modula_agd.space import Features, Heads, Image, Logits, Sequence, Space, Tokens, Volume, positive
 
 
@@ -45,7 +46,8 @@ class Linear(Atom):
         fan_in: the domain (``Features`` or ``Sequence``), or a number of features.
 
     Raises:
-        SpaceMismatch: the domain is neither, or the codomain is of another kind and no ``Logits``.
+        SpaceMismatch: the domain is neither, or the codomain is of another kind and no ``Logits``, nor ``Heads`` of a ``Sequence``.
+        InvalidArgument: a number is below 1.
     """
 
     fan_out: int | Space
@@ -99,6 +101,9 @@ class Embedding(Atom):
     Args:
         width: d, features of each row.
         tokens: n, number of distinct tokens.
+
+    Raises:
+        InvalidArgument: a number is below 1.
     """
 
     width: int
@@ -147,6 +152,9 @@ class Unembedding(Atom):
     Args:
         tokens: n, number of distinct tokens.
         width: d, features of the Sequence that it takes.
+
+    Raises:
+        InvalidArgument: a number is below 1.
     """
 
     tokens: int
@@ -205,6 +213,10 @@ class _Diagonal(Atom):
     def shape(self) -> tuple[int, ...]:
         return (self.domain.heads, self.domain.width) if isinstance(self.domain, Heads) else (self.domain.width,)
 
+    @property
+    def role(self) -> Role:
+        return "vector"
+
     def _aligned(self, weight: Tensor) -> Tensor:
         if isinstance(self.domain, Heads):
             return rearrange(weight, "h d -> h 1 d")
@@ -223,6 +235,9 @@ class Bias(_Diagonal):
 
     Args:
         space: the space it acts on, or a number of features.
+
+    Raises:
+        SpaceMismatch: the space is of none of the kinds that have features.
     """
 
     size: float = field(default=0.1, kw_only=True)
@@ -255,6 +270,9 @@ class Scale(_Diagonal):
 
     Args:
         space: the space it acts on, or a number of features.
+
+    Raises:
+        SpaceMismatch: the space is of none of the kinds that have features.
     """
 
     parameter: ClassVar[str] = "scale"

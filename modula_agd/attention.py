@@ -73,6 +73,9 @@ class QKV(Atom):
         fan_in: features of the Sequence that it takes.
         per_head: whether each head counts by itself; then splitting costs nothing in the worst case, but a typical input, of
             which each head sees a part of d directions among i, comes out as small as sqrt(d/i).
+
+    Raises:
+        InvalidArgument: a number is below 1, or ``per_head`` no flag.
     """
 
     heads: int
@@ -124,6 +127,9 @@ class SplitHeads(LinearBond):
 
     Args:
         heads: h, which divides the features.
+
+    Raises:
+        InvalidArgument: the number is below 1.
     """
 
     heads: int

@@ -21,7 +21,7 @@ from modula_agd.bound import Bound, Gain
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.layer import Bond, LinearBond
 from modula_agd.module import parts_of
-from modula_agd.space import Features, Image, Logits, Sequence, Space, Tuple, Volume, positive
+from modula_agd.space import Features, Image, Logits, Sequence, Space, Tuple, Volume, finite, positive
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def LeakyReLU(slope: float = 0.01) -> Elementwise:
     Raises:
         InvalidArgument: the slope is not a finite number.
     """
-    if not isinstance(slope, int | float) or not math.isfinite(slope):
+    if not finite(slope):
         raise InvalidArgument(f"LeakyReLU was given slope={slope!r}, which must be a finite number")
     steeper = max(1.0, abs(slope))
     near = (0.0, 1.0) if steeper == 1 else (-1.0, 0.0)

@@ -22,6 +22,7 @@ from enum import IntEnum
 from typing import Any
 
 from modula_agd.error import InvalidArgument
+from modula_agd.space import finite
 
 Number = Any
 """A float, or any array that supports + - * /, > and abs: a 0-d tensor for a tracked size, a vector of t."""
@@ -58,7 +59,7 @@ class Constant:
     witness: object = None
 
     def __post_init__(self) -> None:
-        good = isinstance(self.value, int | float) and 0 < self.value < float("inf")
+        good = finite(self.value) and self.value > 0
         if not good:
             raise InvalidArgument(
                 f"a constant was declared as {self.value!r} ({self.source}), but must be a finite number above 0. "

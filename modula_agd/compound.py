@@ -43,6 +43,9 @@ def MLP(outputs: int | Space, width: int, inputs: int, depth: int, *, bias: bool
         inputs: features of the input.
         depth: number of Linear layers, ≥ 1.
         bias: whether each Linear is followed by a Bias.
+
+    Raises:
+        InvalidArgument: a number is below 1.
     """
     positive("the depth of an MLP", depth)
     if depth == 1:
@@ -79,8 +82,8 @@ def residual(block: Module | tuple[Module, ...], blocks: int, *, form: Form = "c
         form: "convex", or "sum" for Identity + block.
 
     Raises:
-        InvalidArgument: a block maps its space to another, or their number is below 1.
-        SpaceMismatch: a block is no module.
+        InvalidArgument: a block maps its space to another, their number is below 1, or the form is neither.
+        SpaceMismatch: a block is no module, or there is none.
     """
     positive("the number of residual blocks", blocks)
     branches = block if isinstance(block, tuple) else (block,)
@@ -112,6 +115,9 @@ def ResMLP(
         blocks: number of residual blocks.
         block_depth: Linear layers per block.
         bias: whether each Linear is followed by a Bias.
+
+    Raises:
+        InvalidArgument: a number is below 1.
     """
     positive("the depth of a block", block_depth)
     layer = linear(width, width, bias) @ rectifier()

@@ -78,6 +78,9 @@ def VGG16(
         norm: normalisation after each convolution.
         bias: whether convolutions and head have a bias.
         affine: whether normalisation is followed by a scale and a bias.
+
+    Raises:
+        InvalidArgument: a number is below 1, or a choice is none of those named.
     """
     positive("the width of a VGG16", width)
     style, layers, fan_in = _Style(norm, bias, affine), [], channels
@@ -170,6 +173,9 @@ def ResNet8(outputs: int | Space, channels: int = 3, *, width: int = 16, depth: 
         width: channels of the first stage.
         depth: blocks of each stage; 1 makes seven 3×3 convolutions.
         options: as for ``ResNet``.
+
+    Raises:
+        InvalidArgument: a number is below 1.
     """
     positive("the depth of a ResNet8", depth)
     return ResNet(outputs, channels, width=width, blocks=(depth,) * 3, **options)  # pyright: ignore[reportArgumentType]
@@ -203,6 +209,9 @@ def ResCNN(
         blocks: number of residual blocks.
         block_depth: layers of rectifier and convolution per block.
         bias: whether convolutions and head have a bias.
+
+    Raises:
+        InvalidArgument: a number is below 1.
     """
     positive("the width of a ResCNN", width)
     positive("the depth of a block", block_depth)

@@ -13,7 +13,8 @@ forget over a time that grows with the run,
 as in averages of weights and of steps (``averaging.py``, ``step_average.py``): of itself a run keeps about the last 1/(c + 1), with
 c = 1 the last half, however long it is, and of the initial weights (50/(n + 50))^c or more. No weight loses more than it moves of one of
 declared size: where steps are short at first, norms stay near their sizes. (Of a multiplier r the power is r·c, so that one which comes
-down ends the fading.) Weights into logits do not fade: their length is how certain a classifier is, and training wants that.
+down ends the fading.) Weights that make logits do not fade under cross-entropy: their length is how certain a classifier is, and training
+wants that.
 
 Decay is no part of the majorant, which is of the loss along the step alone: what it costs counts in no descent, and what it moves in no
 growth, as in decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101). Counted in, steps come to rest where what they give and
@@ -30,6 +31,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from modula_agd.error import InvalidArgument
+from modula_agd.run import Role
 from modula_agd.space import finite
 from modula_agd.state import Each
 
@@ -40,10 +42,8 @@ EARLY = 50
 class Decay(ABC):
     """A rule for the share of itself that a weight loses with a step."""
 
-    vectors: ClassVar[bool] = True
-    """Whether parameters of one dimension, biases and gains, decay like the others."""
-    logits: ClassVar[bool] = True
-    """Whether weights into the max norm, the rows that logits are made with, do."""
+    spares: ClassVar[frozenset[Role]] = frozenset()
+    """Kinds of parameters that do not decay; what makes logits is of that kind under a loss in the max norm, cross-entropy, alone."""
 
     @abstractmethod
     def shares(self, lengths: Each, stretches: Each, steps: Int[Tensor, ""]) -> Each:
@@ -86,8 +86,9 @@ class Relative(Decay):
 class Fading(Decay):
     """Decay without a unit: at step n, what step i did counts about (i/n)^c.
 
-    For training from scratch: weights that were trained before fade like all that a run begins with. Biases and gains do not fade, nor do
-    weights into the max norm of logits: a network that classifies needs their length for its certainty, whatever it has forgotten.
+    For training from scratch: weights that were trained before fade like all that a run begins with. Biases and gains do not fade. Nor
+    does, under cross-entropy, the last layer, which makes logits: its length is how certain the network is. (One that is tied to an
+    embedding does.)
 
     Args:
         power: c > 0; the default was chosen for five tasks at once, by losses in training and on a tenth of the training data that was
@@ -98,8 +99,7 @@ class Fading(Decay):
         InvalidArgument: either is not a finite number above 0.
     """
 
-    vectors: ClassVar[bool] = False
-    logits: ClassVar[bool] = False
+    spares: ClassVar[frozenset[Role]] = frozenset(("vector", "logits"))
 
     power: float = 1.0
     most: float = 1.0

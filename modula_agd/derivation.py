@@ -214,8 +214,9 @@ class Derivation:
         """Whether a parameter is of a kind that the decay takes from."""
         if self.decay is None:
             return False
-        into_logits = self.norms[name].stride != 1
-        return (self.decay.vectors or len(self.atoms[name].shape) > 1) and (self.decay.logits or not into_logits)
+        role = self.atoms[name].role
+        # to other losses outputs are features
+        return ("matrix" if role == "logits" and not self.loss.max_norm else role) not in self.decay.spares
 
     def _plan(self, device: torch.device) -> Plan:
         if device not in self._plans:

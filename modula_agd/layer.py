@@ -21,8 +21,8 @@ from modula_agd.error import InvalidArgument, SpaceMismatch, UnknownBound
 from modula_agd.module import Module, mismatch
 from modula_agd.network import join
 from modula_agd.norm import Norm, drawing_dtype
-from modula_agd.run import EVALUATION, Parameters, Run, Step, Weighted
-from modula_agd.space import Space, Tuple
+from modula_agd.run import EVALUATION, Parameters, Role, Run, Step, Weighted
+from modula_agd.space import Logits, Space, Tuple, finite
 
 
 def applied(module: Module, apply: Callable[[], Any], *tensors: Any) -> Any:
@@ -65,9 +65,9 @@ class Atom(Module, ABC):
         kind = type(self).__name__
         # a tensor of masses asks for several depths at once (``Method.sensitivities``)
         alone = not isinstance(self.mass, Tensor)
-        if alone and not (isinstance(self.mass, int | float) and self.mass >= 0 and math.isfinite(self.mass)):
+        if alone and not (finite(self.mass) and self.mass >= 0):
             raise InvalidArgument(f"{kind} was given mass {self.mass!r}; a mass is a finite number ≥ 0")
-        if not (isinstance(self.size, int | float) and self.size > 0 and math.isfinite(self.size)):
+        if not (finite(self.size) and self.size > 0):
             raise InvalidArgument(f"{kind} was given size {self.size!r}; a size is a finite number > 0")
 
     @property
@@ -79,6 +79,11 @@ class Atom(Module, ABC):
     @abstractmethod
     def norm(self) -> Norm:
         """The norm of the weight, in which its gain on activations is at most ``gain``·‖weight‖."""
+
+    @property
+    def role(self) -> Role:
+        """What the weight is to rules that tell kinds apart; by the codomain, unless a subclass knows better."""
+        return "logits" if isinstance(self.codomain, Logits) else "matrix"
 
     @abstractmethod
     def forward(self, weight: Tensor, x: Tensor) -> Tensor:

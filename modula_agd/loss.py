@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from modula_agd.bound import Constant, Grade, Number, smaller
 from modula_agd.error import InvalidArgument, SpaceMismatch
-from modula_agd.space import Space, positive
+from modula_agd.space import Space, finite, positive
 
 
 class Loss(ABC):
@@ -213,9 +213,9 @@ class CrossEntropy(Loss):
     max_norm: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing <= 1:
+        if not (finite(self.label_smoothing) and 0 <= self.label_smoothing <= 1):
             raise InvalidArgument(
-                f"CrossEntropy was given label_smoothing={self.label_smoothing}, which must lie in [0, 1]"
+                f"CrossEntropy was given label_smoothing={self.label_smoothing!r}, which must lie in [0, 1]"
             )
 
     def conversion(self, codomain: Space) -> tuple[Constant, Constant]:
@@ -293,8 +293,8 @@ class Huber(Loss):
     max_norm: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not (self.threshold > 0 and math.isfinite(self.threshold)):
-            raise InvalidArgument(f"Huber was given threshold={self.threshold}, which must be a finite number > 0")
+        if not (finite(self.threshold) and self.threshold > 0):
+            raise InvalidArgument(f"Huber was given threshold={self.threshold!r}, which must be a finite number > 0")
 
     def per_sample(
         self, outputs: Float[Tensor, "batch *shape"], targets: Num[Tensor, "batch *target"]

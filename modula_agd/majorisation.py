@@ -28,6 +28,7 @@ from torch import Tensor
 from modula_agd.bound import Bound, Number
 from modula_agd.device import precise
 from modula_agd.error import InvalidArgument, UnknownBound
+from modula_agd.space import finite
 
 Scalar = Float[Tensor, ""]
 
@@ -180,7 +181,7 @@ class ClosedForm(Search):
         magnitude: replaces a where declared; the AGD paper has 1.
 
     Raises:
-        InvalidArgument: either is given and not above 0.
+        InvalidArgument: either is given and not a finite number above 0.
     """
 
     depth: float | None = None
@@ -189,8 +190,8 @@ class ClosedForm(Search):
     def __post_init__(self) -> None:
         for what in ("depth", "magnitude"):
             value = getattr(self, what)
-            if value is not None and not value > 0:
-                raise InvalidArgument(f"ClosedForm was given {what}={value}, which must be > 0")
+            if value is not None and not (finite(value) and value > 0):
+                raise InvalidArgument(f"ClosedForm was given {what}={value!r}, which must be a finite number > 0")
 
     def points(self, start: Bound, device: torch.device) -> Float[Tensor, " points"]:
         return torch.zeros(1, device=device, dtype=precise(device))

@@ -416,9 +416,5 @@ class Transposed(Norm):
         return f"Transposed({self.inner})"
 
     @property
-    def stride(self) -> float:
-        return self.inner.stride
-
-    @property
     def euclidean(self) -> "Norm":
         return Transposed(self.inner.euclidean)

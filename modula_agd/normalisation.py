@@ -184,6 +184,9 @@ class GroupNorm(Normalisation):
         positions: pixels of the image that reaches it, which the proved constants need.
         floor: f > 0, the least deviation of any group that is assumed before and after every step.
         eps: ε > 0.
+
+    Raises:
+        InvalidArgument: a number is below 1, or floor or ε not a finite number above 0.
     """
 
     groups: int = 1

@@ -27,6 +27,9 @@ class Positions(Atom):
         width: d, features of each row.
         length: the longest sequence.
         on: the domain, ``Tokens`` or ``Sequence``, once it is known.
+
+    Raises:
+        InvalidArgument: a number is below 1.
     """
 
     width: int

@@ -15,6 +15,9 @@ from modula_agd.bound import Constant, Gain, Number
 from modula_agd.norm import Norm
 
 Constants = Literal["typical", "proved"]
+Role = Literal["matrix", "vector", "logits"]
+"""What a parameter is to rules that tell kinds apart, such as a decay: a bias or a gain is a vector, whatever its shape; a last layer
+makes logits; all else is a matrix."""
 Parameters = Mapping[str, Tensor]
 
 
@@ -71,4 +74,6 @@ class Weighted(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def norm(self) -> Norm: ...
+    @property
+    def role(self) -> Role: ...
     def draw(self, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor: ...

@@ -246,6 +246,9 @@ class Heads(Space):
     Args:
         heads: number of heads.
         size: features of each head.
+
+    Raises:
+        InvalidArgument: a number is below 1.
     """
 
     heads: int

@@ -86,6 +86,7 @@ def Transformer(
 
     Raises:
         InvalidArgument: a number is out of range, the heads do not divide the width, or a choice is none of those named.
+        SpaceMismatch: rotary positions are left an odd number of features.
     """
     space = Sequence(width)
     if feed_forward not in ("gelu", "swiglu"):
@@ -129,6 +130,10 @@ def GPT(
         rotary: rotary positions instead of learned ones, which are averaged with the embedding.
         bias: whether each Linear is followed by a Bias; a tied head has none.
         options: as for ``Transformer``.
+
+    Raises:
+        InvalidArgument: a number is below 1, or as for ``Transformer``.
+        SpaceMismatch: as for ``Transformer``.
     """
     positive("the context of a GPT", context)
     flag("the choice of a tied head", tied)
@@ -189,7 +194,8 @@ def ViT(
         options: as for ``Transformer``.
 
     Raises:
-        InvalidArgument: the patch does not divide the image, or as for ``Transformer``.
+        InvalidArgument: a number is below 1, the patch does not divide the image, or as for ``Transformer``.
+        SpaceMismatch: as for ``Transformer``, or outputs that are no scores of one image.
     """
     positive("the side of a patch", patch)
     positive("the side of an image", side)

@@ -28,6 +28,7 @@ from modula_agd import (
     Tanh,
     agd,
     one_hot,
+    published,
 )
 from support import same
 
@@ -47,6 +48,8 @@ NETWORK = Linear(2, 3) @ Tanh() @ Linear(3, 4)
         lambda: Conv2d(4, 3, [3, 3]),
         lambda: LeakyReLU("a"),
         lambda: LeakyReLU(float("nan")),
+        lambda: LeakyReLU(10**400),
+        lambda: published(torch.nn.Linear(2, 2), SquareLoss()),
         lambda: agd(NETWORK, SquareLoss(), search=Certified),
         lambda: agd(NETWORK, SquareLoss(), search="certified"),
         lambda: agd(NETWORK, SquareLoss(), magnitude=float("inf")),

@@ -272,14 +272,14 @@ def test_a_class_index_out_of_range_is_an_error(index: int) -> None:
         CrossEntropy()(gaussian(2, 4), torch.tensor([0, index]))
 
 
-@pytest.mark.parametrize("smoothing", [-0.1, 1.1, math.nan])
-def test_label_smoothing_is_a_share(smoothing: float) -> None:
+@pytest.mark.parametrize("smoothing", [-0.1, 1.1, math.nan, "all"])
+def test_label_smoothing_is_a_share(smoothing) -> None:
     with pytest.raises(InvalidArgument, match=r"label_smoothing=.* must lie in \[0, 1\]"):
         CrossEntropy(label_smoothing=smoothing)
 
 
-@pytest.mark.parametrize("threshold", [0.0, -1.0, math.inf, math.nan])
-def test_a_huber_threshold_is_a_positive_number(threshold: float) -> None:
+@pytest.mark.parametrize("threshold", [0.0, -1.0, math.inf, math.nan, 10**400, "one"])
+def test_a_huber_threshold_is_a_positive_number(threshold) -> None:
     with pytest.raises(InvalidArgument, match="must be a finite number > 0"):
         Huber(threshold)
 

@@ -339,9 +339,9 @@ def test_the_majorant_is_zero_at_zero_and_convex(net: Module, loss: Loss) -> Non
 
 
 @pytest.mark.parametrize("what", ["depth", "magnitude"])
-@pytest.mark.parametrize("number", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("number", [0.0, -1.0, math.nan, math.inf, "two"])
 def test_a_declared_depth_or_magnitude_is_positive(what: str, number: float) -> None:
-    with pytest.raises(InvalidArgument, match=f"ClosedForm was given {what}=.*must be > 0"):
+    with pytest.raises(InvalidArgument, match=f"ClosedForm was given {what}=.*must be a finite number > 0"):
         ClosedForm(**{what: number})
 
 

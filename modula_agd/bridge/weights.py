@@ -34,6 +34,7 @@ from modula_agd.bridge.graph import Node, Ref
 from modula_agd.bridge.operators import MATRICES, PARTS, PRODUCTS, VIEWS
 from modula_agd.norm import RMS, Frobenius, Norm, RowBlocks, RowNorm, Sign, Spectral, Transposed, drawing_dtype
 from modula_agd.polar import working_dtype
+from modula_agd.run import Role
 
 SHARE = 0.1
 """Least size of what may start near 0, as a share of the natural one."""
@@ -101,6 +102,13 @@ class Weight:
             return torch.ones(self.shape, device=device, dtype=dtype)
         drawn = self.norm.draw(self.shape, generator, generator.device, drawing_dtype(generator))
         return (drawn * self.size).to(device, dtype)
+
+    @property
+    def role(self) -> Role:
+        """As of an atom that is printed so."""
+        if self.kind.startswith(("Bias", "Scale")):
+            return "vector"
+        return "logits" if self.kind.startswith("Linear(Logits(") else "matrix"
 
     def with_mass(self, mass: float) -> "Weight":
         """The same with another mass."""
