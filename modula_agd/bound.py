@@ -16,13 +16,13 @@ majorant convex. For a chain of L atoms γ = Π(1 + r_k): deep relative trust (B
 Lemma 2). Plain arithmetic only: no tensor library is imported, so that the algebra can be tested exactly.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
 from modula_agd.error import InvalidArgument
-from modula_agd.space import finite
 
 Number = Any
 """A float, or any array that supports + - * /, > and abs: a 0-d tensor for a tracked size, a vector of t."""
@@ -59,7 +59,7 @@ class Constant:
     witness: object = None
 
     def __post_init__(self) -> None:
-        good = finite(self.value) and self.value > 0
+        good = isinstance(self.value, int | float) and 0 < self.value <= sys.float_info.max
         if not good:
             raise InvalidArgument(
                 f"a constant was declared as {self.value!r} ({self.source}), but must be a finite number above 0. "
