@@ -16,7 +16,6 @@ majorant convex. For a chain of L atoms γ = Π(1 + r_k): deep relative trust (B
 Lemma 2). Plain arithmetic only: no tensor library is imported, so that the algebra can be tested exactly.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -59,7 +58,7 @@ class Constant:
     witness: object = None
 
     def __post_init__(self) -> None:
-        good = isinstance(self.value, int | float) and 0 < self.value <= sys.float_info.max
+        good = isinstance(self.value, int | float) and 0 < self.value < float("inf")
         if not good:
             raise InvalidArgument(
                 f"a constant was declared as {self.value!r} ({self.source}), but must be a finite number above 0. "
