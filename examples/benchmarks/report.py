@@ -129,7 +129,7 @@ def budgets(runs: Runs, least: int = 2) -> list[tuple[str, float]]:
     """
     found = dict.fromkeys((r["cell"]["task"], r["cell"]["scale"]) for r in runs if plain(r["cell"]))
     names = {key: [rows[0]["cell"]["peer"] for rows in methods(runs, *key).values()] for key in found}
-    return [k for k in found if OURS in names[k] and not {*OWN} >= {*names[k]} and len(names[k]) >= least]
+    return [k for k in found if OURS in names[k] and set(names[k]) - set(OWN) and len(names[k]) >= least]
 
 
 def draw_curves(runs: Runs, out: Path) -> None:

@@ -1,0 +1,111 @@
+"""What a parameter is to a decay: which fade at all."""
+
+import copy
+
+import pytest
+import torch
+
+from modula_agd import (
+    AGD,
+    GPT,
+    CrossEntropy,
+    Embedding,
+    Fading,
+    Linear,
+    Logits,
+    SquareLoss,
+    Tanh,
+    Unembedding,
+    agd,
+    explain,
+)
+from support import gaussian
+
+
+def faded(model, loss, inputs, targets, decay) -> set[str]:
+    """The parameters that a step of a captured model takes from."""
+    mine = copy.deepcopy(model)
+    optimizer = AGD(mine, loss, example_inputs=inputs, decay=decay)
+    optimizer.method.loss(mine(inputs), targets).backward()
+    optimizer.step()
+    return {share.name for share in optimizer.explain().shares if share.decayed}
+
+
+def faded_of(net, loss, inputs, targets, **options) -> set[str]:
+    """The parameters of a network that a step takes from."""
+    method = agd(net, loss, decay=Fading(), **options)
+    params = net.init(0, dtype=torch.float64)
+    grads = torch.func.grad(method.objective)(params, inputs, targets)
+    _, state = method.update(grads, method.init(params), params)
+    return {share.name for share in explain(method, state).shares if share.decayed}
+
+
+def test_biases_and_gains_and_what_makes_logits_do_not_fade() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.LayerNorm(8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    inputs, labels = torch.randn(16, 6), torch.arange(16) % 3
+    everything = {name for name, _ in model.named_parameters()}
+    assert faded(model, CrossEntropy(), inputs, labels, Fading()) == {"0.weight"}
+    assert faded(model, CrossEntropy(), inputs, labels, 0.1) == everything
+    # to a square loss outputs are features
+    assert faded(model, SquareLoss(), inputs, torch.randn(16, 3), Fading()) == {"0.weight", "3.weight"}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"constants": "proved"}, {"rows": "declared"}, {"direction": "frobenius"}], ids=str
+)
+def test_what_makes_logits_does_not_fade_whatever_its_rows_go_by(options) -> None:
+    net = Linear(Logits(3), 6) @ Tanh() @ Linear(6, 4)
+    assert faded_of(net, CrossEntropy(), gaussian(8, 4), torch.arange(8) % 3, **options) == {"0.weight"}
+
+
+def test_what_makes_logits_is_told_by_its_space_and_by_the_loss() -> None:
+    one = Linear(Logits(3), 1) @ Linear(1, 4)
+    assert faded_of(one, CrossEntropy(), gaussian(8, 4), torch.arange(8) % 3) == {"0.weight"}
+    scores = Linear(Logits(3), 6) @ Linear(6, 4)
+    assert faded_of(scores, SquareLoss(), gaussian(8, 4), gaussian(8, 3)) == {"0.weight", "1.weight"}
+    tokens, targets = torch.arange(8).reshape(2, 4) % 5, torch.arange(8).reshape(2, 4) % 5
+    untied = Unembedding(5, 6) @ Embedding(6, 5)
+    assert faded_of(untied, CrossEntropy(), tokens, targets) == {"0.weight"}
+    tied = GPT(5, 8, 2, 1, 4, tied=True)
+    assert "embedding.weight" in faded_of(tied, CrossEntropy(), tokens, targets)
+
+
+def test_a_vector_of_each_head_is_a_vector() -> None:
+    net = GPT(5, 8, 2, 1, 4, bias=True, affine=True)
+    tokens = torch.arange(8).reshape(2, 4) % 5
+    faded_ones = faded_of(net, CrossEntropy(), tokens, tokens)
+    kinds = {name: type(atom).__name__ for name, atom in net.weights().items()}
+    assert {kinds[name] for name in faded_ones} == {"Embedding", "Positions", "QKV", "Linear"}
+    assert any(len(net.weights()[name].shape) == 2 for name, kind in kinds.items() if kind == "Bias")
+
+
+def test_a_gain_of_channels_is_a_vector_in_a_captured_model_too() -> None:
+    class Channels(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel, self.gain = torch.nn.Conv2d(3, 8, 3), torch.nn.Parameter(torch.ones(8, 1, 1))
+            self.head = torch.nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head((self.gain * self.kernel(x)).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(6, 3, 5, 5), torch.arange(6) % 4
+    assert faded(Channels(), CrossEntropy(), inputs, labels, Fading()) == {"kernel.weight"}
+
+
+class Right(torch.nn.Module):
+    """A head that multiplies from the right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = torch.nn.Linear(6, 8, bias=False), torch.nn.Parameter(torch.randn(8, 3) / 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.hidden(x).relu() @ self.head
+
+
+def test_a_head_that_multiplies_from_the_right_does_not_fade_either() -> None:
+    torch.manual_seed(0)
+    assert faded(Right(), CrossEntropy(), torch.randn(16, 6), torch.arange(16) % 3, Fading()) == {"hidden.weight"}
