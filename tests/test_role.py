@@ -95,17 +95,67 @@ def test_a_gain_of_channels_is_a_vector_in_a_captured_model_too() -> None:
     assert faded(Channels(), CrossEntropy(), inputs, labels, Fading()) == {"kernel.weight"}
 
 
-class Right(torch.nn.Module):
-    """A head that multiplies from the right."""
+class Headed(torch.nn.Module):
+    """A body of one layer, and what makes scores of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: tuple[int, ...], scores) -> None:
         super().__init__()
-        self.hidden, self.head = torch.nn.Linear(6, 8, bias=False), torch.nn.Parameter(torch.randn(8, 3) / 8)
+        self.hidden, self.head = torch.nn.Linear(6, 8, bias=False), torch.nn.Parameter(torch.randn(shape) / 8)
+        self.scale, self.scores = torch.nn.Parameter(torch.tensor(2.0)), scores
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.hidden(x).relu() @ self.head
+        return self.scores(self, self.hidden(x).relu())
 
 
-def test_a_head_that_multiplies_from_the_right_does_not_fade_either() -> None:
+LINEAR = torch.nn.functional.linear
+
+
+@pytest.mark.parametrize(
+    ("shape", "scores"),
+    [
+        ((3, 8), lambda m, h: LINEAR(h, m.head)),
+        ((8, 3), lambda m, h: h @ m.head),
+        ((3, 8), lambda m, h: torch.einsum("bi,oi->bo", h, m.head)),
+        ((8, 3), lambda m, h: torch.einsum("bi,io->bo", h, m.head)),
+        ((3, 8), lambda m, h: 30 * torch.tanh(LINEAR(h, m.head) / 30)),
+        ((3, 8), lambda m, h: LINEAR(h, m.head).clamp(-30, 30)),
+        ((3, 8), lambda m, h: m.scale.exp() * LINEAR(h, m.head)),
+        ((3, 8), lambda m, h: LINEAR(h, m.head) * h.mean(-1, keepdim=True).sigmoid()),
+        ((3, 8), lambda m, h: h[:, :3].sigmoid() * LINEAR(h, m.head)),
+        ((3, 8), lambda m, h: LINEAR(h[:, None].expand(-1, 5, -1), m.head)[torch.arange(len(h)), -1]),
+        ((3, 8), lambda m, h: LINEAR(h[:, None].expand(-1, 5, -1), m.head).index_select(1, torch.tensor([4]))[:, 0]),
+        ((3, 8, 1), lambda m, h: torch.nn.functional.conv1d(h[:, :, None], m.head)[..., 0]),
+    ],
+    ids=[
+        "linear",
+        "from the right",
+        "einsum",
+        "einsum from the right",
+        "soft cap",
+        "clamp",
+        "temperature",
+        "gate behind",
+        "gate before",
+        "last token",
+        "chosen token",
+        "convolution",
+    ],
+)
+def test_what_makes_scores_is_found_behind_what_only_turns_or_caps_them(shape, scores) -> None:
     torch.manual_seed(0)
-    assert faded(Right(), CrossEntropy(), torch.randn(16, 6), torch.arange(16) % 3, Fading()) == {"hidden.weight"}
+    inputs, labels = torch.randn(16, 6), torch.arange(16) % 3
+    assert faded(Headed(shape, scores), CrossEntropy(), inputs, labels, Fading()) == {"hidden.weight"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "scores"),
+    [
+        ((3, 8), lambda m, h: LINEAR(h, m.head).relu()),
+        ((3, 8), lambda m, h: LINEAR(h, m.head) * h[:, :3] @ torch.eye(3)),
+    ],
+    ids=["rectifier", "product"],
+)
+def test_what_makes_features_is_no_head(shape, scores) -> None:
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(16, 6), torch.arange(16) % 3
+    assert "head" in faded(Headed(shape, scores), CrossEntropy(), inputs, labels, Fading())

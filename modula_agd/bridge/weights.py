@@ -63,13 +63,15 @@ class Use:
         norm: the norm that belongs to the place.
         natural: the size that is natural there.
         least: the least size, as a share of the natural one.
+        role: what it is there to a decay.
     """
 
     name: str
     kind: str
     norm: Norm
-    natural: float
-    least: float
+    natural: float = 1.0
+    least: float = 0.0
+    role: Role = "matrix"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Weight:
         floor: the least ω where sizes are tracked.
         mass: its share of a step; 0 where it is frozen.
         frozen: whether it required no gradient when the model was captured.
+        role: that of its first use.
     """
 
     kind: str
@@ -93,6 +96,7 @@ class Weight:
     floor: float
     mass: float = 1.0
     frozen: bool = False
+    role: Role = "matrix"
 
     def draw(self, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor:
         """A random weight of its size; biases are zero."""
@@ -102,13 +106,6 @@ class Weight:
             return torch.ones(self.shape, device=device, dtype=dtype)
         drawn = self.norm.draw(self.shape, generator, generator.device, drawing_dtype(generator))
         return (drawn * self.size).to(device, dtype)
-
-    @property
-    def role(self) -> Role:
-        """As of an atom that is printed so."""
-        if self.kind.startswith(("Bias", "Scale")):
-            return "vector"
-        return "logits" if self.kind.startswith("Linear(Logits(") else "matrix"
 
     def with_mass(self, mass: float) -> "Weight":
         """The same with another mass."""
@@ -181,8 +178,15 @@ def _swaps_last(node: Node, dims: int) -> bool:
     return {axis % dims for axis in node.args[1:3]} == {dims - 2, dims - 1}
 
 
-AFTER = VIEWS | PARTS | {"dropout", "mul", "div", "masked_fill", "mean", "log_softmax", "adaptive_avg_pool2d"}
-"""What may stand between the head of a model and its output."""
+SCALED = frozenset(("mul", "multiply", "div", "divide", "true_divide"))
+AFTER = (
+    VIEWS
+    | PARTS
+    | SCALED
+    | {"dropout", "masked_fill", "mean", "adaptive_avg_pool2d", "log_softmax", "_log_softmax", "index", "index_select"}
+    | {"gather", "neg", "tanh", "hardtanh", "clamp", "clamp_min", "clamp_max"}
+)
+"""What may stand between the head of a model and its output: some of the scores, all of them in another unit, or none beyond a cap."""
 
 
 def score_nodes(captured: Captured) -> frozenset[str]:
@@ -193,7 +197,11 @@ def score_nodes(captured: Captured) -> frozenset[str]:
         node = captured.nodes[name]
         found.add(name)
         sources = [argument for argument in node.inputs if captured.nodes[argument].floating]
-        if node.operator in AFTER and sources:
+        if node.operator in SCALED:
+            # a temperature may come first, and be no score; of two as large as the product either may be
+            factors = sources[:1] if "div" in node.operator else sources
+            sources = [x for x in factors if captured.nodes[x].shape == node.shape] or factors[:1]
+        elif node.operator in AFTER:
             sources = sources[:1]
         elif node.operator != "add":
             continue
@@ -237,49 +245,53 @@ def _use(captured: Captured, node: Node, place: Any, argument: Ref, leaf: Leaf, 
     if fused and len(shape) == 2:
         whole = fused == 1 or shape[0] % fused > 0 or place == (2, 4)
         norm = Spectral() if whole else RowBlocks(Spectral(), fused)
-        return Use(leaf.name, f"Linear({shape[0]}, {shape[1]})", norm, 1.0, 0.0)
+        return Use(leaf.name, f"Linear({shape[0]}, {shape[1]})", norm)
     if fused:
-        return Use(leaf.name, f"Bias({_sides(shape)})", RMS(), 1.0, SHARE)
+        return Use(leaf.name, f"Bias({_sides(shape)})", RMS(), 1.0, SHARE, "vector")
     if place in MATRICES.get(name, ()) and len(shape) >= 2:
         return _matrix(node, name, place, leaf, shape, head)
     if (name in CONVOLUTIONS or name == "convolution") and place == 1 and leaf.transposed is False:
         atom = _convolution(node, name, shape)
-        return Use(leaf.name, repr(atom), atom.norm, 1.0, 0.0)
+        return Use(leaf.name, repr(atom), atom.norm, role="logits" if head else "matrix")
     if name in CONVOLUTIONS or name == "convolution":
-        return Use(leaf.name, f"Bias({_sides(shape)})", RMS(), around, SHARE)
+        return Use(leaf.name, f"Bias({_sides(shape)})", RMS(), around, SHARE, "vector")
     if name in ("embedding", "embedding_bag") and place == 0 and len(shape) == 2:
-        return Use(leaf.name, f"Embedding({shape[1]}, {shape[0]})", RowNorm.of_embedding(shape[1]), 1.0, 0.0)
+        return Use(leaf.name, f"Embedding({shape[1]}, {shape[0]})", RowNorm.of_embedding(shape[1]))
     if name in ("_weight_norm", "_weight_norm_interface") and place == 0:
-        return Use(leaf.name, f"Direction({_sides(shape)})", Spectral() if len(shape) == 2 else RMS(), 1.0, 0.0)
+        return Use(leaf.name, f"Direction({_sides(shape)})", Spectral() if len(shape) == 2 else RMS())
     vector = math.prod(shape) == max((1, *shape))
     if place in SCALES.get(name, ()) and vector:
-        return Use(leaf.name, f"Scale({_sides(shape)})", Sign(), 1.0, SHARE)
+        return Use(leaf.name, f"Scale({_sides(shape)})", Sign(), 1.0, SHARE, "vector")
     if place in BIASES.get(name, ()) and vector:
         norm = Sign() if head else RMS()
-        return Use(leaf.name, f"Bias({_sides(shape)})", norm, captured.peaks[node.name] if head else around, SHARE)
+        natural = captured.peaks[node.name] if head else around
+        return Use(leaf.name, f"Bias({_sides(shape)})", norm, natural, SHARE, "vector")
     if name in PRODUCTS - {"mul", "multiply"} and len(shape) >= 2:
-        norm = _contracted(node, place, shape) if name == "einsum" and leaf.transposed is False else Frobenius()
-        return Use(leaf.name, f"Linear({_sides(shape)})", norm, 1.0, 0.0)
+        right = _contracted(node, place, shape) if name == "einsum" and leaf.transposed is False else None
+        if right is None:
+            return Use(leaf.name, f"Linear({_sides(shape)})", Frobenius(), role="logits" if head else "matrix")
+        return _linear(leaf, shape, right, right, head and len(shape) == 2)
     own = captured.nodes[next(node for node, name in captured.parameters.items() if name == leaf.name)].shape or ()
     norm = RowNorm.of_embedding(own[-1]) if own[-1:] == shape[-1:] and own else RMS()
-    return Use(leaf.name, f"Tokens({_sides(own)})", norm, around, SHARE)
+    # one token or one temperature is no matrix, whatever its shape
+    return Use(leaf.name, f"Tokens({_sides(own)})", norm, around, SHARE, "vector" if vector else "matrix")
 
 
-def _contracted(node: Node, place: Any, shape: tuple[int, ...]) -> Norm:
-    """Of an operand of ``einsum``: spectral where its last two indices are one that is summed over and one that stays."""
+def _contracted(node: Node, place: Any, shape: tuple[int, ...]) -> bool | None:
+    """Of an operand of ``einsum`` whose last two indices are one that is summed over and one that stays: whether it lies as [i, o]."""
     terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
     operands = terms.split(",")
     index = place[1] if isinstance(place, tuple) else 0
     if not result or "." in terms or index >= len(operands) or len(operands[index]) != len(shape):
-        return Frobenius()
+        return None
     first, second = operands[index][-2:]
     others = "".join(operands[:index] + operands[index + 1 :])
-    # [..., out, in]: the input's index is summed over, the output's is its own
+    # the input's index is summed over, the output's is its own
     if first in result and first not in others and second in others and second not in result:
-        return Spectral()
+        return False
     if second in result and second not in others and first in others and first not in result:
-        return Transposed(Spectral())
-    return Frobenius()
+        return True
+    return None
 
 
 def _sides(shape: tuple[int, ...]) -> str:
@@ -289,13 +301,33 @@ def _sides(shape: tuple[int, ...]) -> str:
 def _matrix(node: Node, name: str, place: int, leaf: Leaf, shape: tuple[int, ...], head: bool) -> Use:
     """A matrix that multiplies from the right lies as [i, o], but in ``linear``."""
     right = place == max(MATRICES[name]) and name != "linear"
-    out, fan = (shape[-1], shape[-2]) if right else (shape[-2], shape[-1])
-    parts = 1 if head or len(shape) > 2 or node.shape is None or node.shape[-1] != out else node.fused
-    kind = f"Linear({'Logits(' * head}{out}{')' * head}, {fan})" + (f" in {parts} parts" if parts > 1 else "")
+    parts = (
+        1
+        if head or len(shape) > 2 or node.shape is None or node.shape[-1] != shape[-1 if right else -2]
+        else node.fused
+    )
     if leaf.transposed is None:
-        return Use(leaf.name, kind, Spectral() if len(shape) > 2 else RMS(), 1.0, 0.0)
+        plain = _linear(leaf, shape, right, False, head, parts)
+        return replace(plain, norm=Spectral() if len(shape) > 2 else RMS())
+    return _linear(leaf, shape, right, right != leaf.transposed, head, parts)
+
+
+def _linear(leaf: Leaf, shape: tuple[int, ...], right: bool, lies: bool, head: bool, parts: int = 1) -> Use:
+    """Of a matrix [..., o, i], or [..., i, o] where it stands on the right: n fused weights, or what makes scores.
+
+    Args:
+        leaf: the parameter, as it stands there.
+        shape: of what stands there.
+        right: whether that is [..., i, o].
+        lies: whether the parameter itself is.
+        head: whether it makes scores.
+        parts: of the outputs.
+    """
+    out, fan = (shape[-1], shape[-2]) if right else (shape[-2], shape[-1])
+    role: Role = "logits" if head else "matrix"
+    kind = f"Linear({'Logits(' * head}{out}{')' * head}, {fan})" + (f" in {parts} parts" if parts > 1 else "")
     norm: Norm = RowNorm.into_logits(fan) if head else RowBlocks(Spectral(), parts) if parts > 1 else Spectral()
-    return Use(leaf.name, kind, Transposed(norm) if right != leaf.transposed else norm, 1.0, 0.0)
+    return Use(leaf.name, kind, Transposed(norm) if lies else norm, role=role)
 
 
 def _convolution(node: Node, name: str, shape: tuple[int, ...]) -> Any:
@@ -354,7 +386,7 @@ def declared(
             size = max(measured, use.least * use.natural) or use.natural
             floor = use.least * use.natural if use.least else 0.01 * size
             frozen = not values[use.name].requires_grad
-            first = Weight(use.kind, tuple(value.shape), use.norm, size, floor, float(not frozen), frozen)
+            first = Weight(use.kind, tuple(value.shape), use.norm, size, floor, float(not frozen), frozen, use.role)
             found[use.name] = first
         same = first.norm == use.norm
         own = 1.0 if same else size_of(use.norm, value) / max(size_of(first.norm, value), 1e-30)
