@@ -41,3 +41,42 @@ def test_every_link_to_a_file_leads_somewhere() -> None:
             if "://" not in target and not (page.parent / target).exists():
                 broken.append(f"{page.name}: {target}")
     assert not broken
+
+
+def stops(heading: str) -> list[str]:
+    """The files that a section of the page about the code names, in order, by their table."""
+    page = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+    section = page.split(f"## {heading}\n")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return [name for cell in cells for name in re.findall(r"`([a-z_]+(?:\.py|/))`", cell)]
+
+
+def test_the_page_about_the_code_names_every_file_once() -> None:
+    package = ROOT / "modula_agd"
+    named = [*stops("In an hour"), *stops("What the default measures"), *stops("All else")]
+    files = {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
+    folders = {f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").exists()}
+    assert sorted(named) == sorted(files | folders)
+
+
+def test_what_is_read_in_an_hour_can_be_and_in_that_order() -> None:
+    order = stops("In an hour")
+    texts = [(ROOT / "modula_agd" / name).read_text(encoding="utf-8") for name in order]
+    later = [
+        (name, other)
+        for place, (name, text) in enumerate(zip(order, texts, strict=True))
+        for other in order[place + 1 :]
+        if f"from modula_agd.{other.removesuffix('.py')} import" in text
+    ]
+    assert later == []
+    # 75 lines a minute, a third of which are docstrings
+    assert sum(len(text.splitlines()) for text in texts) <= 4600
+
+
+def test_what_the_page_about_the_code_points_at_is_there() -> None:
+    page = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+    section = page.split("## Where the equations are\n")[1].split("\n## ")[0]
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "modula_agd").rglob("*.py"))
+    names = {part for name in re.findall(r"`([A-Za-z_.]+)`", section) for part in name.split(".")}
+    assert len(names) > 20
+    assert [name for name in names if not re.search(rf"(class|def) {name}\b|\b{name}\.py", sources + page)] == []
