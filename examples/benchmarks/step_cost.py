@@ -1,8 +1,9 @@
 """Milliseconds and state of one optimizer step, against torch.optim's Adam and Muon, side by side in one run.
 
-python examples/benchmarks/step_cost.py [--model chain|chargpt|resnet18|chargpt-large] [--device cuda] [--threads 2]
+python examples/benchmarks/step_cost.py [--model chain|chargpt|resnet18|chargpt-large] [--device cuda] [--threads 2] [--compile]
 
-On CUDA a step is timed by events of the device, whether it is launched kernel by kernel or replayed as one graph.
+On CUDA a step is timed by events of the device, whether it is launched kernel by kernel or replayed as one graph. With --compile the
+default is compiled by torch.compile as well, which takes a minute or more; compiled, each step makes its own directions.
 """
 
 import argparse
@@ -40,17 +41,17 @@ def milliseconds(step, device):
     return ends[0].elapsed_time(ends[1]) / REPEATS
 
 
-def replayed(optimizer):
-    """The optimizer's step as one CUDA graph."""
+def replayed(step):
+    """An optimizer's step as one CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            optimizer.step()
+            step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        optimizer.step()
+        step()
     return graph.replay
 
 
@@ -59,7 +60,7 @@ def state_bytes(optimizers):
     return sum(x.nbytes for o in optimizers for x in tree_leaves(o.state_dict()) if torch.is_tensor(x))
 
 
-def candidates(model, loss, device):
+def candidates(model, loss, device, compiled):
     """Optimizers of the same model and gradients, and what a step of each is."""
     adam = torch.optim.Adam(model.parameters(), lr=1e-9)
     muon = PEERS["muon"](model, Request("", loss, 1e-9, "constant", 1, {}))
@@ -87,7 +88,16 @@ def candidates(model, loss, device):
             method = published(model.network, loss) if "published" in name else loss
             graphed = AGD(model, method, capturable=True, **options)
             graphed.param_groups[0]["lr"] = 1e-9
-            found[f"{name}, one graph"] = ([graphed], replayed(graphed))
+            found[f"{name}, one graph"] = ([graphed], replayed(graphed.step))
+    if compiled:
+        optimizer = AGD(model, loss, capturable=device.type == "cuda")
+        optimizer.param_groups[0]["lr"] = torch.tensor(1e-9, device=device)
+        step = torch.compile(optimizer.step)
+        # compiled for the first step, and for all others
+        step(), step()
+        found["AGD, the default, compiled"] = ([optimizer], step)
+        if device.type == "cuda":
+            found["AGD, the default, compiled, one graph"] = ([optimizer], replayed(step))
     return found
 
 
@@ -99,6 +109,7 @@ def main():
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="the default by torch.compile, too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -110,7 +121,7 @@ def main():
     model = network.to_torch(0, device=options.device)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    chosen = candidates(model, loss, options.device)
+    chosen = candidates(model, loss, options.device, options.compile)
     times = {name: [] for name in chosen}
     for index in range(options.rounds + 2):
         # interleaved, so that a noisy minute hits all alike; two rounds to warm up
