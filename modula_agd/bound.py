@@ -24,7 +24,7 @@ from typing import Any
 from modula_agd.error import InvalidArgument
 
 Number = Any
-"""A float, or any array that supports + - * /, > and abs: a 0-d tensor for a tracked size, a vector of t."""
+"""A float, or any array that supports + - * /, >, ~ and abs: a 0-d tensor for a tracked size, a vector of t."""
 
 
 class Grade(IntEnum):
@@ -143,7 +143,7 @@ def aligned(facts: Sequence[tuple[str, str]]) -> str:
 
 
 def larger(x: Number, y: Number) -> Number:
-    """max(x, y) for floats and for arrays, exactly, without asking an array for its value (no wait for a device)."""
+    """max(x, y) for floats and for arrays of finite numbers, exactly, without asking an array for its value (no wait for a device)."""
     if isinstance(x, int | float) and isinstance(y, int | float):
         return max(x, y)
     above = x > y
@@ -167,7 +167,7 @@ def source(magnitude: Number = 1.0) -> Bound:
 
 
 def atom(x: Bound, size: Number, step: Number, mass: float, gain: float = 1.0) -> Bound:
-    """A linear map in its weight and in its input: a′ = ω·a, γ′ = γ·(1 + r), D′ = D + m.
+    """A linear map in its weight and in its input: a′ = gain·ω·a, γ′ = γ·(1 + r), D′ = D + m.
 
     Args:
         x: the bound of the input.
@@ -200,7 +200,7 @@ def bond(x: Bound, gain: float, limit: Number, curvature: float | None = None) -
         x: the bound of the input.
         gain: c.
         limit: m, at least ‖φ(h)‖ for every ‖h‖ ≤ a.
-        curvature: s·β/2 with ‖φ(h + Δ) − φ(h) − φ′(h)Δ‖ ≤ (s·β/2)·‖Δ‖²; 0 for a linear map, None where φ has a kink.
+        curvature: C with ‖φ(h + Δ) − φ(h) − φ′(h)Δ‖ ≤ C·‖Δ‖²; 0 for a linear map, None where φ has a kink.
     """
     ratio = gain * x.magnitude / limit
     moved = x.magnitude * (x.growth - 1)
@@ -238,7 +238,7 @@ def total(parts: Sequence[Bound]) -> Bound:
 
 
 def product(x: Bound, y: Bound, gain: float) -> Bound:
-    """Elementwise h₁·h₂: a = κ·a₁·a₂ and γ = γ₁·γ₂; ``gain`` κ is sqrt(d) in RMS, 1 if one factor is max-normed."""
+    """Elementwise h₁·h₂: a = gain·a₁·a₂ and γ = γ₁·γ₂; the gain is sqrt(d) in RMS, 1 if one factor is max-normed."""
     error = None
     if x.error is not None and y.error is not None:
         error = x.error + y.error + (x.growth - 1) * (y.growth - 1)
@@ -250,11 +250,6 @@ def product(x: Bound, y: Bound, gain: float) -> Bound:
         ceiling=x.ceiling + y.ceiling,
         **_merged([x, y]),
     )
-
-
-def ball(x: Bound) -> Bound:
-    """h/max(1, ‖h‖) in an RMS norm, which is 1-Lipschitz: a′ = min(a, 1), γ′ = 1 + (a/a′)(γ − 1)."""
-    return bond(x, gain=1.0, limit=smaller(x.magnitude, 1.0))
 
 
 def attention(queries: Bound, keys: Bound, values: Bound, scale: float) -> Bound:

@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class Derivation:
-    """A network, a loss and the options of a method; ``agd`` documents each."""
+    """A network, a loss and the options of a method; ``agd`` documents each. Its "auto" is None here."""
 
     network: Network
     loss: Loss

@@ -17,8 +17,8 @@ still, and has ν = 2(1 − β)·sqrt(r). No ν is above 1/2, from which on more
 The expectation of s_t over the fresh batch is the true descent along u_t. As signal drowns in noise Ŝ → 0, and with it the step
 that the majorant asks for; the step made is a mean of those (``step_average.py``).
 One wild measurement must not set the steps of the next twenty: an s_t beyond ``OUTLIER`` root-mean-squares of those before it
-counts as that many. Where weights had outgrown their declared sizes, loss and step drove each other up without; so the mean of
-measurements rises by at most 6% a step at β_s = 0.95, and a tenfold rise takes forty.
+counts as that many. Where weights had outgrown their declared sizes, loss and step drove each other up without; so their mean
+square rises by at most 6% a step at β_s = 0.95, and a tenfold rise of it takes forty.
 
 Of the same measurements follows how far beyond the minimiser a step may go. By a quadratic, twice the minimiser is the longest step
 that does not raise the loss; live weights are then no better for it, but their average is, about which they move, once it is

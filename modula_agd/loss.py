@@ -10,6 +10,7 @@ loss                    ℓ of one sample                       own norm of Δ, 
 ``SquareLoss``          ‖f − y‖²_RMS/2                        RMS, 1 (an identity)               arXiv:2304.05187, eq. 2
 ``CrossEntropy``        −Σ y·log softmax(f)                   max, 1 (a variance of Δ)           second derivative of KL
 ``BinaryCrossEntropy``  mean of −y log p − (1−y) log(1−p)     RMS, 1/4                           p(1 − p) ≤ 1/4
+``UnhalvedSquareLoss``  ‖f − y‖²_RMS                          RMS, 1 (assumed; true: 2)          the published code
 ``Huber``               mean of huber(f − y)                  RMS, 1; linear beyond 2·threshold  \\|ℓ″\\| ≤ 1, \\|ℓ′\\| ≤ threshold
 ======================  ====================================  =================================  ========================
 
@@ -19,7 +20,7 @@ Over positions (sequences) the loss is the mean, and the bounds stay true.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int, Num
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from modula_agd.bound import Constant, Grade, Number, smaller
-from modula_agd.error import InvalidArgument, SpaceMismatch
+from modula_agd.error import InvalidArgument, SpaceMismatch, UnknownBound
 from modula_agd.space import Space, finite, positive
 
 
@@ -38,6 +39,15 @@ class Loss(ABC):
     """h with B(δ) ≤ h·δ²/2 for δ in the loss's own norm."""
     max_norm: ClassVar[bool]
     """Whether the loss's own norm is the maximum over outputs (else their RMS)."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("curvature", "max_norm"):
+            if ABC not in cls.__bases__ and not hasattr(cls, name):
+                raise UnknownBound(
+                    f"the loss {cls.__name__} does not declare `{name}`. Declare h with B(δ) ≤ h·δ²/2 as `curvature: ClassVar[Constant] = "
+                    "Constant(h, grade, source)`, and whether δ is a maximum over outputs, or their RMS, as `max_norm: ClassVar[bool]`."
+                )
 
     @abstractmethod
     def per_sample(

@@ -105,7 +105,7 @@ class Minimum(NamedTuple):
 
     Args:
         t: relative step of an atom of mass 1, 0-d, ≥ 0.
-        change: the majorant at t, ≤ 0: what the loss is predicted to change by, at most.
+        change: the majorant at t, or at the grid's nearest point to it, ≤ 0: what the loss is predicted to change by, at most.
     """
 
     t: Scalar

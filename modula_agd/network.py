@@ -267,7 +267,7 @@ def _declared(atom: Weighted) -> tuple[tuple[int, ...], Norm, float, float]:
 
 
 def _source(domain: Space | None, magnitude: Number) -> Any:
-    """The bound of an input: ids and masks have norm 1, each part of a tuple has a bound of its own."""
+    """The bound of an input: of ids 1, and of masks, which no rule multiplies; each part of a tuple has a bound of its own."""
     if isinstance(domain, Tuple):
         return tuple(_source(part, magnitude) for part in domain.parts)
     return algebra.source(1.0 if isinstance(domain, Tokens | Mask) else magnitude)

@@ -18,7 +18,7 @@ norm           ‖W‖                                        direction         
 ``Spectral``   sqrt(i/o)·σ_max(W)                         sqrt(o/i)·UVᵀ                       sqrt(o/i)·‖g‖_nuclear
 ``Frobenius``  sqrt(i/o)·‖W‖_F, an upper bound of it      sqrt(o/i)·g/‖g‖_F                   sqrt(o/i)·‖g‖_F
 ``RowNorm``    max over rows of factor·‖W_row‖₂           each row g_row/(factor·‖g_row‖₂)    Σ_rows ‖g_row‖₂/factor
-``RMS``        ‖b‖₂/sqrt(d)                               sqrt(d)·b/‖b‖₂                      sqrt(d)·‖g‖₂
+``RMS``        ‖b‖₂/sqrt(d)                               sqrt(d)·g/‖g‖₂                      sqrt(d)·‖g‖₂
 ``Sign``       max |s|                                    sign(g)                             ‖g‖₁
 ``RowBlocks``  max over blocks of rows of the inner norm  per block                           Σ_blocks inner dual
 ``Transposed`` inner norm of the transpose                transposed                          inner dual

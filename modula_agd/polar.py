@@ -1,14 +1,13 @@
 """The polar factor of a matrix, and certified bounds of its largest singular value.
 
 For G = U diag(s) Vᵀ the polar factor is U Vᵀ: the unit-norm direction along which a linear functional ⟨G, ·⟩ rises
-fastest in the spectral norm. Three things live here:
+fastest in the spectral norm. Two things live here:
 
 * ``polar``: an iteration of odd polynomials, X ← aX + bX(XᵀX) + cX(XᵀX)², using matrix products alone. Each polynomial is
   the best approximation of 1 on the interval that the previous one reaches (Amsel, Persson, Musco, Gower 2025, *The
   Polar Express*, arXiv:2505.16932). The last is divided by its largest value, so that no singular value ends above 1.
   A singular value below ``SMALLEST`` of the matrix's Schatten 4-norm falls short of 1; it never overshoots. For wide (or
   tall) matrices the polynomials are composed on the small Gram matrix, three at a time.
-* ``polar_by_svd``: the slow, exact reference.
 * ``largest_singular_value_bound``: Gram iteration (Delattre, Barthélemy, Araujo, Allauzen 2023, arXiv:2305.16173), an
   upper bound at every step. Power iteration would be a lower bound, which certifies nothing.
 """
@@ -164,15 +163,6 @@ def _factor(
             # P and G commute, and the next Gram matrix is P·G·P
             gram = step @ gram @ step
     return product
-
-
-def polar_by_svd(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch rows cols"]:
-    """The reference for ``polar``: U Vᵀ over the singular values above rounding (a partial isometry at lower rank)."""
-    x, _ = rescale(matrix.to(working_dtype(matrix.dtype)), (-2, -1))
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    rounding = max(x.shape[-2:]) * torch.finfo(x.dtype).eps
-    kept = (s > rounding * s[..., :1]).to(x.dtype)
-    return ((u * kept[..., None, :]) @ vh).to(matrix.dtype)
 
 
 def largest_singular_value_bound(

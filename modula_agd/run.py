@@ -62,7 +62,7 @@ EVALUATION = Run()
 
 @runtime_checkable
 class Weighted(Protocol):
-    """What everything above needs of an atom (``layer.Atom`` documents each)."""
+    """What all that knows no layer needs of an atom (``layer.Atom`` documents each)."""
 
     @property
     def mass(self) -> float: ...

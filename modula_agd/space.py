@@ -13,6 +13,7 @@ space             tensor                        norm per sample
 ``Heads(h, d)``   [batch, h, time, d]           sup over heads and time of RMS over d
 ``Tokens(n)``     integer ids, [batch, (time)]  1 (a one-hot vector); never perturbed
 ``Mask()``        booleans, [batch, time]       0; never perturbed
+``Tuple(…)``      a tuple of activations        the largest of its parts
 ================  ============================  ===========================================
 """
 

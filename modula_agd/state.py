@@ -12,7 +12,7 @@ Each = Float[Tensor, " parameters"]
 
 
 class State(NamedTuple):
-    """What the last update did; tensors only, on the parameters' device, double precision.
+    """What the last update did; tensors only. Numbers are in double precision on the parameters' device, counts of steps integers.
 
     Args:
         eta: η, relative step of the whole network, dimensionless.

@@ -26,7 +26,7 @@ def summary(rows: Sequence[Row], bound: Bound, proved: Bound | None) -> str:
 
     Returns:
         A table; its last column is m/D, the part of η by which a step of ``ExactGrowth`` (the default) moves that atom, relative
-        to its size.
+        to its size, before anything that is measured counts in.
     """
     header = ("parameter", "module", "shape", "norm", "mass", "share of η")
     depth = float(bound.depth)

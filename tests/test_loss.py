@@ -21,6 +21,7 @@ from modula_agd import (
     SpaceMismatch,
     SquareLoss,
     UnhalvedSquareLoss,
+    UnknownBound,
     one_hot,
 )
 from support import gaussian, seeded, tolerance
@@ -305,3 +306,11 @@ def test_no_class_index_is_ignored_in_silence(index: int) -> None:
 
 def test_one_hot_in_double_precision_is_not_rounded_to_single() -> None:
     assert one_hot(torch.tensor([1]), 3, torch.float64)[0, 1].item() == math.sqrt(3)
+
+
+@pytest.mark.parametrize("missing", ["curvature", "max_norm"])
+def test_a_loss_that_leaves_a_fact_out_is_refused_where_it_is_defined(missing: str) -> None:
+    facts = {"curvature": SquareLoss.curvature, "max_norm": False, "per_sample": SquareLoss.per_sample}
+    type("Whole", (Loss,), facts)
+    with pytest.raises(UnknownBound, match=f"the loss Partial does not declare `{missing}`"):
+        type("Partial", (Loss,), {name: fact for name, fact in facts.items() if name != missing})

@@ -5,8 +5,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from modula_agd.polar import SCHEDULE, SMALLEST, largest_singular_value_bound, polar, polar_by_svd, working_dtype
+from modula_agd.polar import SCHEDULE, SMALLEST, largest_singular_value_bound, polar, working_dtype
+from modula_agd.rescale import rescale
 from support import DTYPES, gaussian, tolerance, with_singular_values
+
+
+def polar_by_svd(matrix: torch.Tensor) -> torch.Tensor:
+    """The reference for ``polar``: U Vᵀ over the singular values above rounding (a partial isometry at lower rank)."""
+    x, _ = rescale(matrix.to(working_dtype(matrix.dtype)), (-2, -1))
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    rounding = max(x.shape[-2:]) * torch.finfo(x.dtype).eps
+    kept = (s > rounding * s[..., :1]).to(x.dtype)
+    return ((u * kept[..., None, :]) @ vh).to(matrix.dtype)
+
 
 ONES = torch.ones(5, dtype=torch.float64)
 MATRICES = {

@@ -159,7 +159,7 @@ def from_torch(
         example_inputs: a batch of real data, as its forward takes it: a tensor, a tuple of positional arguments, or a dictionary of
             named ones. Some tens of samples are enough.
         output: which of its outputs the loss is taken of: an attribute, key or position, or a function of all. By default the tensor
-            itself, or "logits", "sample", "last_hidden_state", or the first floating-point tensor.
+            itself, or "logits", "sample", "last_hidden_state", "out", "output", or the first floating-point tensor.
         scores: whether outputs [batch, n] or [batch, time, n] are scores of classes, measured by their maximum, as cross-entropy
             wants it; False measures by RMS.
         check: whether to compare what the captured graph computes with what the model computes.

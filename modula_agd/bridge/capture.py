@@ -65,7 +65,7 @@ def chosen(outputs: Any, choose: str | int | Callable[[Any], Tensor] | None, mod
     Args:
         outputs: a tensor, a tuple, a mapping or an object with attributes.
         choose: an attribute or key, a position, or a function of the outputs; None takes the tensor itself, the attribute or key
-            "logits", "sample", "last_hidden_state", or the first floating-point tensor.
+            of ``NAMES`` that is there, or the first floating-point tensor.
         model: for the error's text.
 
     Raises:

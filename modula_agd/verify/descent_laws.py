@@ -249,7 +249,7 @@ class ExactBeatsClosedForm(_StepLaw):
             case, _, _, state = self.step(method, subject, draw, tensors, where)
             states.append(state)
         closed, exact = (-state.change for state in states)
-        # the grid's resolution gives up 2e-4 at most (docs/guide)
+        # the grid's resolution gives up 2e-4 at most
         return Measurement(closed, exact, exact * 2e-4 + closed * case.slack)
 
 
