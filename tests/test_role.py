@@ -18,7 +18,9 @@ from modula_agd import (
     Unembedding,
     agd,
     explain,
+    from_torch,
 )
+from modula_agd.norm import RowNorm, Transposed
 from support import gaussian
 
 
@@ -125,6 +127,18 @@ LINEAR = torch.nn.functional.linear
         ((3, 8), lambda m, h: LINEAR(h[:, None].expand(-1, 5, -1), m.head)[torch.arange(len(h)), -1]),
         ((3, 8), lambda m, h: LINEAR(h[:, None].expand(-1, 5, -1), m.head).index_select(1, torch.tensor([4]))[:, 0]),
         ((3, 8, 1), lambda m, h: torch.nn.functional.conv1d(h[:, :, None], m.head)[..., 0]),
+        ((3, 8), lambda m, h: torch.einsum("...i,oi->...o", h, m.head)),
+        ((3, 8), lambda m, h: torch.einsum("bi,oi", h, m.head)),
+        ((3, 8), lambda m, h: torch.einsum("bi,io->bo", h, m.head.t())),
+        ((2, 8, 3), lambda m, h: torch.einsum("bi,eio->ebo", h, m.head).mean(0)),
+        ((2, 3, 4), lambda m, h: torch.einsum("bhi,hoi->bo", h.unflatten(1, (2, 4)), m.head)),
+        ((8, 3), lambda m, h: (h[None] @ m.head.unsqueeze(0))[0]),
+        ((24,), lambda m, h: torch.einsum("bi,io->bo", h, m.head.view(8, 3))),
+        ((96,), lambda m, h: (h[None] @ m.head.view(4, 8, 3)).mean(0)),
+        ((3, 8), lambda m, h: torch.where(h[:, :3] > 9, -1e9, LINEAR(h, m.head))),
+        ((3, 8), lambda m, h: LINEAR(h, m.head) - LINEAR(h, m.head).mean(1, keepdim=True)),
+        ((2, 8), lambda m, h: torch.cat([LINEAR(h, m.head), torch.zeros(len(h), 1)], 1)),
+        ((3, 8), lambda m, h: m.scale.expand(len(h), 3) * LINEAR(h, m.head)),
     ],
     ids=[
         "linear",
@@ -139,6 +153,18 @@ LINEAR = torch.nn.functional.linear
         "last token",
         "chosen token",
         "convolution",
+        "ellipsis",
+        "implicit result",
+        "einsum of the transpose",
+        "several",
+        "heads",
+        "stacked",
+        "laid out flat",
+        "several laid out flat",
+        "mask",
+        "centred",
+        "side by side",
+        "temperature repeated",
     ],
 )
 def test_what_makes_scores_is_found_behind_what_only_turns_or_caps_them(shape, scores) -> None:
@@ -152,10 +178,61 @@ def test_what_makes_scores_is_found_behind_what_only_turns_or_caps_them(shape, s
     [
         ((3, 8), lambda m, h: LINEAR(h, m.head).relu()),
         ((3, 8), lambda m, h: LINEAR(h, m.head) * h[:, :3] @ torch.eye(3)),
+        ((3, 3), lambda m, h: torch.einsum("bi,ij,jo->bo", h[:, :3], m.head, torch.ones(3, 3))),
+        ((2, 4), lambda m, h: torch.einsum("bti,ts->bsi", h[:, :6].unflatten(1, (2, 3)), m.head).mean(1)),
     ],
-    ids=["rectifier", "product"],
+    ids=["rectifier", "product", "inner factor", "mixed positions"],
 )
 def test_what_makes_features_is_no_head(shape, scores) -> None:
     torch.manual_seed(0)
     inputs, labels = torch.randn(16, 6), torch.arange(16) % 3
     assert "head" in faded(Headed(shape, scores), CrossEntropy(), inputs, labels, Fading())
+
+
+@pytest.mark.parametrize(
+    ("shape", "scores", "norm"),
+    [
+        ((3, 8), lambda m, h: torch.einsum("...i,oi->...o", h, m.head), RowNorm.into_logits(8)),
+        ((8, 3), lambda m, h: torch.einsum("bi,io", h, m.head), Transposed(RowNorm.into_logits(8))),
+        ((3, 8), lambda m, h: torch.einsum("bi,io->bo", h, m.head.t()), RowNorm.into_logits(8)),
+        ((8, 3), lambda m, h: (h[None] @ m.head.unsqueeze(0))[0], Transposed(RowNorm.into_logits(8))),
+        ((3, 8), lambda m, h: 9 * torch.tanh(LINEAR(h, m.head) / 9), RowNorm.into_logits(8)),
+    ],
+)
+def test_a_head_goes_by_its_rows_however_it_is_written(shape, scores, norm) -> None:
+    torch.manual_seed(0)
+    weight = from_torch(Headed(shape, scores), torch.randn(16, 6)).weights()["head"]
+    assert (weight.norm, repr(weight)) == (norm, "Linear(Logits(3), 8)")
+
+
+@pytest.mark.parametrize("scores", [lambda z: z / 30, lambda z: 30 * torch.tanh(z / 30)], ids=["quotient", "soft cap"])
+def test_a_head_of_zeros_learns_behind_a_quotient(scores) -> None:
+    torch.manual_seed(0)
+    model = Headed((3, 8), lambda m, h: scores(LINEAR(h, m.head)))
+    torch.nn.init.zeros_(model.head)
+    inputs, labels = torch.randn(64, 6), torch.arange(64) % 3
+    inputs[:, :3] += 3 * torch.nn.functional.one_hot(labels, 3)
+    assert from_torch(model, inputs).bound().magnitude < 2
+    optimizer = AGD(model, CrossEntropy(), example_inputs=inputs)
+    for _ in range(100):
+        loss = CrossEntropy()(model(inputs), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5
+
+
+def test_a_token_that_is_repeated_does_not_fade_and_a_table_of_one_feature_does() -> None:
+    class Tokens(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.table = torch.nn.Parameter(torch.randn(1, 1, 8)), torch.nn.Parameter(torch.randn(7, 1))
+            self.mix, self.head = torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 3, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.table[torch.arange(4)].repeat(1, 8)
+            return self.head(self.mix(rows).relu().mean(1))
+
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(12, 3, 8), torch.arange(12) % 3
+    assert faded(Tokens(), CrossEntropy(), inputs, labels, Fading()) == {"mix.weight", "table"}

@@ -14,8 +14,10 @@ from modula_agd.bound import Bound
 from modula_agd.bridge.capture import Captured, arguments, capture, chosen, in_mode
 from modula_agd.bridge.declare import rule_of
 from modula_agd.bridge.flow import Flow, propagate
+from modula_agd.bridge.leaf import Leaf, leaves
 from modula_agd.bridge.operators import UNMOVED
-from modula_agd.bridge.weights import Leaf, Weight, declared, leaves, score_nodes, uses
+from modula_agd.bridge.scores import score_nodes
+from modula_agd.bridge.weights import Weight, declared, uses
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.network import Network
 from modula_agd.run import EVALUATION, Parameters, Run, Step, Weighted

@@ -17,7 +17,8 @@ from modula_agd import bound as algebra
 from modula_agd.bound import Bound, Grade, Number, larger, source
 from modula_agd.bridge.capture import Captured
 from modula_agd.bridge.graph import Node, Ref, roots
-from modula_agd.bridge.weights import Leaf, Weight
+from modula_agd.bridge.leaf import Leaf
+from modula_agd.bridge.weights import Weight
 from modula_agd.error import UnknownBound
 from modula_agd.run import Step
 

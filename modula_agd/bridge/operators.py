@@ -45,6 +45,14 @@ HOMOGENEOUS = _names(
 )
 """Without a constant term, of degree 1 or less: a relative change passes as it is."""
 
+SELECTIONS = _names(
+    """
+    _log_softmax adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d clamp clamp_max clamp_min constant_pad_nd dropout flip
+    gather hardtanh index index_select log_softmax masked_fill mean nan_to_num neg pad take_along_dim tanh
+    """
+)
+"""Some or all of the numbers, means of them, or none beyond a cap: scores of classes stay such."""
+
 SUMS = _names(
     """
     add cat cdist concat copy hstack index_add index_put lerp max_other maximum min_other minimum rsub scatter scatter_add

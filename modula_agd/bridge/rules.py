@@ -80,7 +80,8 @@ def _multiplied(call: Call) -> Bound:
     weights = [x for x in factors if call.weight(x) is not None]
     others = [call.bound(x) for x in factors if x not in weights]
     number = [abs(x) for x in call.node.args if isinstance(x, int | float) and x]
-    result = source(number[0] if number else 1.0)
+    factor = number[0] if number else 1.0
+    result = source(1 / factor if "div" in call.name else factor)
     for other in others:
         result = algebra.product(result, other, 1.0)
     if not weights:

@@ -20,7 +20,6 @@ is large. Biases, scales and tokens, which may start at or near 0, have at least
 they are added to, or of 1; and a weight of zeros, which has no size of its own, has the natural one.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,26 +30,15 @@ from torch import Tensor
 from modula_agd import convolution
 from modula_agd.bridge.capture import Captured
 from modula_agd.bridge.graph import Node, Ref
-from modula_agd.bridge.operators import MATRICES, PARTS, PRODUCTS, VIEWS
+from modula_agd.bridge.leaf import Leaf, is_vector, leaves
+from modula_agd.bridge.operators import MATRICES, PRODUCTS
+from modula_agd.bridge.scores import score_nodes
 from modula_agd.norm import RMS, Frobenius, Norm, RowBlocks, RowNorm, Sign, Spectral, Transposed, drawing_dtype
 from modula_agd.polar import working_dtype
 from modula_agd.run import Role
 
 SHARE = 0.1
 """Least size of what may start near 0, as a share of the natural one."""
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A parameter, or a view of it, on its way to an operator.
-
-    Args:
-        name: of the parameter.
-        transposed: whether a matrix lies on its side; None where it was laid out otherwise.
-    """
-
-    name: str
-    transposed: bool | None = False
 
 
 @dataclass(frozen=True)
@@ -151,64 +139,6 @@ SCALES = {
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
-def leaves(captured: Captured) -> dict[str, Leaf]:
-    """Every node that is a parameter or a view of one."""
-    found: dict[str, Leaf] = {node: Leaf(name) for node, name in captured.parameters.items()}
-    for name, node in captured.nodes.items():
-        if node.operator not in VIEWS or node.writes or node.inputs != node.args[:1] or node.inputs[0] not in found:
-            continue
-        leaf, before, after = found[node.inputs[0]], captured.nodes[node.inputs[0]].shape, node.shape
-        if before == after and node.operator not in TURNS:
-            found[name] = leaf
-        elif leaf.transposed is not None and node.operator in TURNS and _swaps_last(node, len(before or ())):
-            found[name] = replace(leaf, transposed=not leaf.transposed)
-        else:
-            found[name] = replace(leaf, transposed=None)
-    return found
-
-
-TURNS = frozenset(("t", "mH", "mT", "matrix_H", "adjoint", "transpose", "swapaxes", "numpy_T", "permute"))
-
-
-def _swaps_last(node: Node, dims: int) -> bool:
-    if node.operator in ("t", "numpy_T", "mH", "mT", "matrix_H", "adjoint"):
-        return dims == 2 or node.operator not in ("t", "numpy_T")
-    if node.operator == "permute":
-        return [axis % dims for axis in node.args[1]] == [*range(dims - 2), dims - 1, dims - 2]
-    return {axis % dims for axis in node.args[1:3]} == {dims - 2, dims - 1}
-
-
-SCALED = frozenset(("mul", "multiply", "div", "divide", "true_divide"))
-AFTER = (
-    VIEWS
-    | PARTS
-    | SCALED
-    | {"dropout", "masked_fill", "mean", "adaptive_avg_pool2d", "log_softmax", "_log_softmax", "index", "index_select"}
-    | {"gather", "neg", "tanh", "hardtanh", "clamp", "clamp_min", "clamp_max"}
-)
-"""What may stand between the head of a model and its output: some of the scores, all of them in another unit, or none beyond a cap."""
-
-
-def score_nodes(captured: Captured) -> frozenset[str]:
-    """The output and what leads to it without another weight: there, activations are scores of classes."""
-    found, front = set(), [captured.output]
-    while front:
-        name = front.pop()
-        node = captured.nodes[name]
-        found.add(name)
-        sources = [argument for argument in node.inputs if captured.nodes[argument].floating]
-        if node.operator in SCALED:
-            # a temperature may come first, and be no score; of two as large as the product either may be
-            factors = sources[:1] if "div" in node.operator else sources
-            sources = [x for x in factors if captured.nodes[x].shape == node.shape] or factors[:1]
-        elif node.operator in AFTER:
-            sources = sources[:1]
-        elif node.operator != "add":
-            continue
-        front += [source for source in sources if source not in found and source not in captured.parameters]
-    return frozenset(found)
-
-
 def uses(captured: Captured, scores: bool) -> dict[tuple[str, str], Use]:
     """Each use of a parameter, by the operator's call and the node that stands for the parameter in it.
 
@@ -239,6 +169,7 @@ def _arguments(node: Node) -> Iterator[tuple[Any, Ref]]:
 
 def _use(captured: Captured, node: Node, place: Any, argument: Ref, leaf: Leaf, head: bool) -> Use:
     name, shape = node.operator, captured.nodes[argument].shape or ()
+    role: Role = "logits" if head else "matrix"
     out = captured.magnitudes[node.name]
     around = (out if isinstance(out, float) else out[0]) or 1.0
     fused = RECURRENT.get(name, 0) if isinstance(place, tuple) else CELLS.get(name, 0) if place in (2, 3) else 0
@@ -252,46 +183,49 @@ def _use(captured: Captured, node: Node, place: Any, argument: Ref, leaf: Leaf, 
         return _matrix(node, name, place, leaf, shape, head)
     if (name in CONVOLUTIONS or name == "convolution") and place == 1 and leaf.transposed is False:
         atom = _convolution(node, name, shape)
-        return Use(leaf.name, repr(atom), atom.norm, role="logits" if head else "matrix")
-    if name in CONVOLUTIONS or name == "convolution":
-        return Use(leaf.name, f"Bias({_sides(shape)})", RMS(), around, SHARE, "vector")
+        return Use(leaf.name, repr(atom), atom.norm, role=role)
     if name in ("embedding", "embedding_bag") and place == 0 and len(shape) == 2:
         return Use(leaf.name, f"Embedding({shape[1]}, {shape[0]})", RowNorm.of_embedding(shape[1]))
     if name in ("_weight_norm", "_weight_norm_interface") and place == 0:
         return Use(leaf.name, f"Direction({_sides(shape)})", Spectral() if len(shape) == 2 else RMS())
-    vector = math.prod(shape) == max((1, *shape))
-    if place in SCALES.get(name, ()) and vector:
-        return Use(leaf.name, f"Scale({_sides(shape)})", Sign(), 1.0, SHARE, "vector")
-    if place in BIASES.get(name, ()) and vector:
+    vector = is_vector(shape) or is_vector(leaf.own)
+    if name in CONVOLUTIONS or name == "convolution" or (place in BIASES.get(name, ()) and vector):
         norm = Sign() if head else RMS()
         natural = captured.peaks[node.name] if head else around
         return Use(leaf.name, f"Bias({_sides(shape)})", norm, natural, SHARE, "vector")
+    if place in SCALES.get(name, ()) and vector:
+        return Use(leaf.name, f"Scale({_sides(shape)})", Sign(), 1.0, SHARE, "vector")
+    if name == "einsum" and len(shape) >= 2:
+        return _contracted(node, place[1] if isinstance(place, tuple) else 0, leaf, shape, head)
     if name in PRODUCTS - {"mul", "multiply"} and len(shape) >= 2:
-        right = _contracted(node, place, shape) if name == "einsum" and leaf.transposed is False else None
-        if right is None:
-            return Use(leaf.name, f"Linear({_sides(shape)})", Frobenius(), role="logits" if head else "matrix")
-        return _linear(leaf, shape, right, right, head and len(shape) == 2)
-    own = captured.nodes[next(node for node, name in captured.parameters.items() if name == leaf.name)].shape or ()
-    norm = RowNorm.of_embedding(own[-1]) if own[-1:] == shape[-1:] and own else RMS()
-    # one token or one temperature is no matrix, whatever its shape
-    return Use(leaf.name, f"Tokens({_sides(own)})", norm, around, SHARE, "vector" if vector else "matrix")
+        return Use(leaf.name, f"Linear({_sides(shape)})", Frobenius(), role=role)
+    norm = RowNorm.of_embedding(leaf.own[-1]) if leaf.own[-1:] == shape[-1:] and leaf.own else RMS()
+    return Use(leaf.name, f"Tokens({_sides(leaf.own)})", norm, around, SHARE, "vector" if leaf.single else "matrix")
 
 
-def _contracted(node: Node, place: Any, shape: tuple[int, ...]) -> bool | None:
-    """Of an operand of ``einsum`` whose last two indices are one that is summed over and one that stays: whether it lies as [i, o]."""
-    terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
+def _contracted(node: Node, index: int, leaf: Leaf, shape: tuple[int, ...], head: bool) -> Use:
+    """An operand of ``einsum``: linear where its last two indices are one that is summed over and one that stays.
+
+    It makes scores where the one that stays is the last of the result, as a loss takes its classes.
+    """
+    terms, arrow, result = str(node.args[0]).replace(" ", "").replace("...", ".").partition("->")
     operands = terms.split(",")
-    index = place[1] if isinstance(place, tuple) else 0
-    if not result or "." in terms or index >= len(operands) or len(operands[index]) != len(shape):
-        return None
-    first, second = operands[index][-2:]
-    others = "".join(operands[:index] + operands[index + 1 :])
-    # the input's index is summed over, the output's is its own
-    if first in result and first not in others and second in others and second not in result:
-        return False
-    if second in result and second not in others and first in others and first not in result:
-        return True
-    return None
+    own, others = operands[index], "".join(operands[:index] + operands[index + 1 :])
+    if not arrow:
+        # as numpy has it: what occurs once, in alphabetical order, behind the ellipsis
+        result = "." * ("." in terms) + "".join(
+            sorted(x for x in set(own + others) - {"."} if (own + others).count(x) == 1)
+        )
+    head = head and result[-1:].isalpha() and result[-1:] in own
+    first, second = own[-2:] if len(own) == len(shape) and "." not in own else ("", "")
+
+    def stays(x: str, beside: str) -> bool:
+        # the output's index is its own, the input's is summed over
+        return x != "" and x in result and x not in others and beside in others and beside not in result
+
+    if not (stays(first, second) or stays(second, first)):
+        return Use(leaf.name, f"Linear({_sides(shape)})", Frobenius(), role="logits" if head else "matrix")
+    return _linear(leaf, shape, stays(second, first), head)
 
 
 def _sides(shape: tuple[int, ...]) -> str:
@@ -301,33 +235,29 @@ def _sides(shape: tuple[int, ...]) -> str:
 def _matrix(node: Node, name: str, place: int, leaf: Leaf, shape: tuple[int, ...], head: bool) -> Use:
     """A matrix that multiplies from the right lies as [i, o], but in ``linear``."""
     right = place == max(MATRICES[name]) and name != "linear"
-    parts = (
-        1
-        if head or len(shape) > 2 or node.shape is None or node.shape[-1] != shape[-1 if right else -2]
-        else node.fused
-    )
-    if leaf.transposed is None:
-        plain = _linear(leaf, shape, right, False, head, parts)
-        return replace(plain, norm=Spectral() if len(shape) > 2 else RMS())
-    return _linear(leaf, shape, right, right != leaf.transposed, head, parts)
+    alone = not head and len(shape) == 2 and node.shape is not None and node.shape[-1] == shape[-1 if right else -2]
+    return _linear(leaf, shape, right, head, node.fused if alone else 1)
 
 
-def _linear(leaf: Leaf, shape: tuple[int, ...], right: bool, lies: bool, head: bool, parts: int = 1) -> Use:
-    """Of a matrix [..., o, i], or [..., i, o] where it stands on the right: n fused weights, or what makes scores.
+def _linear(leaf: Leaf, shape: tuple[int, ...], right: bool, head: bool, parts: int = 1) -> Use:
+    """A matrix [..., o, i], or [..., i, o] where it stands on the right: n fused weights, or what makes scores.
 
     Args:
         leaf: the parameter, as it stands there.
         shape: of what stands there.
         right: whether that is [..., i, o].
-        lies: whether the parameter itself is.
         head: whether it makes scores.
         parts: of the outputs.
     """
     out, fan = (shape[-1], shape[-2]) if right else (shape[-2], shape[-1])
-    role: Role = "logits" if head else "matrix"
     kind = f"Linear({'Logits(' * head}{out}{')' * head}, {fan})" + (f" in {parts} parts" if parts > 1 else "")
     norm: Norm = RowNorm.into_logits(fan) if head else RowBlocks(Spectral(), parts) if parts > 1 else Spectral()
-    return Use(leaf.name, kind, Transposed(norm) if lies else norm, role=role)
+    if leaf.transposed is None:
+        # how the matrix lies in the parameter is not known
+        norm = Spectral() if len(shape) > 2 and len(leaf.own) > 1 else RMS()
+    elif right != leaf.transposed:
+        norm = Transposed(norm)
+    return Use(leaf.name, kind, norm, role="logits" if head else "matrix")
 
 
 def _convolution(node: Node, name: str, shape: tuple[int, ...]) -> Any:
