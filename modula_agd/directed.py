@@ -177,7 +177,7 @@ class Directed(Derivation):
         for index, name in enumerate(self.atoms):
             if name in known:
                 ways[index] = Direction(params[name].detach() - average[name].detach(), one).pair(gradients[name])
-                silent[index] = directions[name].silent()
+                silent[index] = directions[name].silent() if directions[name].factor.ndim else silent[index]
         return torch.stack(ways), torch.stack(silent)
 
     def gains(self, state: State) -> Each:

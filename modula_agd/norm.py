@@ -71,17 +71,17 @@ class Direction(NamedTuple):
         return Direction(self.base, self.factor * seen)
 
     def silent(self) -> Scalar:
-        """The number of rows that do not move, where the direction is made row by row; 0 elsewhere."""
-        return wide((self.factor == 0).sum() if self.factor.ndim else torch.zeros_like(self.factor))
+        """The number of rows that do not move, of a direction that is made row by row."""
+        return wide((self.factor == 0).sum())
 
     def pair(self, gradient: Float[Tensor, "*shape"]) -> Scalar:
         """⟨gradient, u⟩, the descent per unit step along u, in double precision."""
         dtype = working_dtype(gradient.dtype)
         g, base = gradient.to(dtype), self.base.to(dtype)
         if self.factor.ndim == 0:
-            return wide(torch.dot(g.flatten(), base.flatten())) * wide(self.factor)
+            return wide(torch.dot(g.flatten(), base.flatten())) * self.factor
         rows = torch.linalg.vecdot(g.flatten(1), base.flatten(1))
-        return (wide(rows) * wide(self.factor).flatten()).sum()
+        return (wide(rows) * self.factor.flatten()).sum()
 
 
 class Norm(ABC):
