@@ -177,7 +177,8 @@ class Directed(Derivation):
         for index, name in enumerate(self.atoms):
             if name in known:
                 ways[index] = Direction(params[name].detach() - average[name].detach(), one).pair(gradients[name])
-                silent[index] = directions[name].silent() if directions[name].factor.ndim else silent[index]
+                if directions[name].factor.ndim:
+                    silent[index] = directions[name].silent()
         return torch.stack(ways), torch.stack(silent)
 
     def gains(self, state: State) -> Each:

@@ -94,7 +94,8 @@ def candidates(model, loss, device, compiled):
         optimizer.param_groups[0]["lr"] = torch.tensor(1e-9, device=device)
         step = torch.compile(optimizer.step)
         # compiled for the first step, and for all others
-        step(), step()
+        for _ in range(2):
+            step()
         found["AGD, the default, compiled"] = ([optimizer], step)
         if device.type == "cuda":
             found["AGD, the default, compiled, one graph"] = ([optimizer], replayed(step))

@@ -65,6 +65,8 @@ PRODUCTS = _names(
     """
 )
 
+QUOTIENTS = _names("div divide true_divide")
+
 GROUPED = ("_grouped_mm", "transformers::grouped_mm_fallback")
 """Products of rows with the matrix of their group: experts."""
 

@@ -16,6 +16,7 @@ from modula_agd.bridge.operators import (
     LIPSCHITZ,
     PARTS,
     PRODUCTS,
+    QUOTIENTS,
     SUMS,
     VIEWS,
 )
@@ -81,7 +82,7 @@ def _multiplied(call: Call) -> Bound:
     others = [call.bound(x) for x in factors if x not in weights]
     number = [abs(x) for x in call.node.args if isinstance(x, int | float) and x]
     factor = number[0] if number else 1.0
-    result = source(1 / factor if "div" in call.name else factor)
+    result = source(1 / factor if call.name in QUOTIENTS else factor)
     for other in others:
         result = algebra.product(result, other, 1.0)
     if not weights:
@@ -268,7 +269,7 @@ def normalises(call: Call, divisor: str, x: str) -> bool:
     for base in tuple(bases):
         if nodes[base].operator in ("sub", "add") and nodes[base].inputs:
             bases.add(_plain(call, nodes[base].inputs[0]))
-    name, shrunk, inverted = _plain(call, divisor), False, call.name.startswith(("div", "true_div"))
+    name, shrunk, inverted = _plain(call, divisor), False, call.name in QUOTIENTS
     while not (shrunk and name in bases):
         node = nodes[name]
         squares = node.operator == "mul" and len(set(node.inputs)) == 1
@@ -285,8 +286,8 @@ def normalises(call: Call, divisor: str, x: str) -> bool:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(VIEWS | PARTS | HOMOGENEOUS, _passed),
     **dict.fromkeys(SUMS, _summed),
-    **dict.fromkeys(PRODUCTS | {"div", "divide", "true_divide", "prelu", "_prelu_kernel"}, _multiplied),
-    **dict.fromkeys((*CONVOLUTIONS, "convolution", "linear"), _linear),
+    **dict.fromkeys(PRODUCTS | QUOTIENTS | {"prelu", "_prelu_kernel"}, _multiplied),
+    **dict.fromkeys((*CONVOLUTIONS, "linear"), _linear),
     **dict.fromkeys(("addmm", "baddbmm"), _addmm),
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", *GROUPED), _matrices),
     **dict.fromkeys(("embedding", "embedding_bag"), _embedding),

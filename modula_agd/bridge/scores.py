@@ -2,9 +2,9 @@
 
 from modula_agd.bridge.capture import Captured
 from modula_agd.bridge.graph import Node
-from modula_agd.bridge.operators import PARTS, SELECTIONS, VIEWS
+from modula_agd.bridge.operators import PARTS, QUOTIENTS, SELECTIONS, VIEWS
 
-SCALED = frozenset(("mul", "multiply", "div", "divide", "true_divide"))
+SCALED = QUOTIENTS | {"mul", "multiply"}
 ONE = VIEWS | PARTS | SELECTIONS
 """Of their first argument some scores, all of them, means of them, or none beyond a cap."""
 SEVERAL = frozenset(("add", "cat", "stack", "sub", "where"))
@@ -29,6 +29,6 @@ def _sources(captured: Captured, node: Node) -> list[str]:
         return list(given)
     if node.operator in SCALED:
         # a temperature may come first, and be no score; of two as large as the product either may be
-        factors = given[:1] if "div" in node.operator else given
+        factors = given[:1] if node.operator in QUOTIENTS else given
         return [x for x in factors if captured.nodes[x].shape == node.shape] or list(factors)
     return list(given[:1]) if node.operator in ONE else []

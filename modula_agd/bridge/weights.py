@@ -136,7 +136,7 @@ SCALES = {
     "_weight_norm": (1,),
     "_weight_norm_interface": (1,),
 }
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+CONVOLUTIONS = ("convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
 def uses(captured: Captured, scores: bool) -> dict[tuple[str, str], Use]:
@@ -181,7 +181,7 @@ def _use(captured: Captured, node: Node, place: Any, argument: Ref, leaf: Leaf, 
         return Use(leaf.name, f"Bias({_sides(shape)})", RMS(), 1.0, SHARE, "vector")
     if place in MATRICES.get(name, ()) and len(shape) >= 2:
         return _matrix(node, name, place, leaf, shape, head)
-    if (name in CONVOLUTIONS or name == "convolution") and place == 1 and leaf.transposed is False:
+    if name in CONVOLUTIONS and place == 1 and leaf.transposed is False:
         atom = _convolution(node, name, shape)
         return Use(leaf.name, repr(atom), atom.norm, role=role)
     if name in ("embedding", "embedding_bag") and place == 0 and len(shape) == 2:
@@ -189,7 +189,7 @@ def _use(captured: Captured, node: Node, place: Any, argument: Ref, leaf: Leaf, 
     if name in ("_weight_norm", "_weight_norm_interface") and place == 0:
         return Use(leaf.name, f"Direction({_sides(shape)})", Spectral() if len(shape) == 2 else RMS())
     vector = is_vector(shape) or is_vector(leaf.own)
-    if name in CONVOLUTIONS or name == "convolution" or (place in BIASES.get(name, ()) and vector):
+    if name in CONVOLUTIONS or (place in BIASES.get(name, ()) and vector):
         norm = Sign() if head else RMS()
         natural = captured.peaks[node.name] if head else around
         return Use(leaf.name, f"Bias({_sides(shape)})", norm, natural, SHARE, "vector")
