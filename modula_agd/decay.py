@@ -13,7 +13,9 @@ forget over a time that grows with the run,
 as in averages of weights and of steps (``averaging.py``, ``step_average.py``): of itself a run keeps about the last 1/(c + 1), with
 c = 1 the last half, however long it is, and of the initial weights (50/(n + 50))^c or more. No weight loses more than it moves of one of
 declared size: where steps are short at first, norms stay near their sizes. (Of a multiplier r the power is r·c, so that one which comes
-down ends the fading.) Weights that make logits do not fade under cross-entropy: their length is how certain a classifier is, and training
+down ends the fading.) And a weight of declared size ω_k < 1, where 1 is what keeps the size of activations, loses ω_k·s_k: its steps are
+relative to that size, so that it takes 1/ω_k as many to replace what it forgets, and to grow as it must. (GPT-2 and nanoGPT draw weights
+so; docs/trials.md.) Weights that make logits do not fade under cross-entropy: their length is how certain a classifier is, and training
 wants that.
 
 Decay is no part of the majorant, which is of the loss along the step alone: what it costs counts in no descent, and what it moves in no
@@ -27,7 +29,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from modula_agd.error import InvalidArgument
@@ -44,10 +46,14 @@ class Decay(ABC):
 
     spares: ClassVar[frozenset[Role]] = frozenset()
     """Kinds of parameters that do not decay; what makes logits is of that kind under a loss in the max norm, cross-entropy, alone."""
+    by_size: ClassVar[bool] = False
+    """Whether a weight of declared size ω_k < 1 loses ω_k times as much."""
 
     @abstractmethod
     def shares(self, lengths: Each, stretches: Each, steps: Int[Tensor, ""]) -> Each:
         """s_k ≥ 0 of each parameter; from 1 on, the optimizer's multiplier counted in, all of a weight. Pure: it changes no argument.
+
+        What ``spares`` and ``by_size`` leave of it is counted afterwards.
 
         Args:
             lengths: p_k·m_k·t of each parameter, its relative step before it is stretched.
@@ -84,7 +90,7 @@ class Relative(Decay):
 
 @dataclass(frozen=True)
 class Fading(Decay):
-    """Decay without a unit: at step n, what step i did counts about (i/n)^c.
+    """Decay without a unit: at step n, what step i did counts about (i/n)^c, and (i/n)^(c·ω) of a weight of declared size ω < 1.
 
     For training from scratch: weights that were trained before fade like all that a run begins with. Biases and gains do not fade. Nor
     does, under cross-entropy, the last layer, which makes logits: its length is how certain the network is. (One that is tied to an
@@ -100,6 +106,7 @@ class Fading(Decay):
     """
 
     spares: ClassVar[frozenset[Role]] = frozenset(("vector", "logits"))
+    by_size: ClassVar[bool] = True
 
     power: float = 1.0
     most: float = 1.0
@@ -134,7 +141,7 @@ def lost(
     lengths: Each,
     stretches: Each,
     steps: Int[Tensor, ""],
-    fades: Bool[Tensor, " parameters"],
+    fades: Each,
     *,
     look: bool,
 ) -> Each:
@@ -145,7 +152,7 @@ def lost(
         lengths: as for ``Decay.shares``, as are the next two.
         stretches: x_k.
         steps: n.
-        fades: which parameters lose anything at all.
+        fades: the part of s_k that each parameter loses, ≥ 0.
         look: whether to ask for what is below 0 or NaN, which counts as 0 otherwise: asking a device would be a wait, and cut a graph.
 
     Raises:
@@ -159,4 +166,5 @@ def lost(
         )
     if look and not bool((shares >= 0).all()):
         raise InvalidArgument(f"the decay {rule!r} returned the shares {shares.tolist()}; each must be at least 0")
-    return torch.where(fades & (shares > 0), shares.to(lengths.dtype), 0.0).clamp(max=torch.finfo(lengths.dtype).max)
+    counts = (fades > 0) & (shares > 0)
+    return torch.where(counts, fades * shares.to(lengths.dtype), 0.0).clamp(max=torch.finfo(lengths.dtype).max)

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from modula_agd.bound import Bound, Number
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
         periods: steps that a direction of each parameter serves.
         depths: m_k·d_k, each parameter's part of the depth at declared sizes; empty where nobody asks.
         strides: unit steps that each parameter's typical input bears.
-        fades: whether each parameter decays, if any does.
+        fades: the part of what a decay takes that each parameter loses.
     """
 
     points: Float[Tensor, " points"]
@@ -49,7 +49,7 @@ class Plan(NamedTuple):
     periods: dict[str, int]
     depths: Float[Tensor, " parameters"]
     strides: Float[Tensor, " parameters"]
-    fades: Bool[Tensor, " parameters"]
+    fades: Float[Tensor, " parameters"]
 
 
 @dataclass(frozen=True)
@@ -210,13 +210,14 @@ class Derivation:
             found = torch.tensor([float(depth(row)) for row in rows])
         return dict(zip(self.atoms, found.tolist(), strict=True))
 
-    def _fades(self, name: str) -> bool:
-        """Whether a parameter is of a kind that the decay takes from."""
-        if self.decay is None:
-            return False
-        role = self.atoms[name].role
+    def _fades(self, name: str) -> float:
+        """The part of what a decay takes that a parameter loses: nothing of a kind that it spares."""
+        atom = self.atoms[name]
         # to other losses outputs are features
-        return ("matrix" if role == "logits" and not self.loss.max_norm else role) not in self.decay.spares
+        role = "matrix" if atom.role == "logits" and not self.loss.max_norm else atom.role
+        if self.decay is None or role in self.decay.spares:
+            return 0.0
+        return min(atom.size, 1.0) if self.decay.by_size else 1.0
 
     def _plan(self, device: torch.device) -> Plan:
         if device not in self._plans:
@@ -228,7 +229,7 @@ class Derivation:
             periods = {name: period(self.norms[name], atom.shape, refresh) for name, atom in self.atoms.items()}
             depths = masses.new_tensor(list(self._depths({}).values()) if self.balance == "measured" else [])
             strides = masses.new_tensor(list(self.strides.values()))
-            fades = torch.tensor([self._fades(name) for name in self.atoms], device=device)
+            fades = masses.new_tensor([self._fades(name) for name in self.atoms])
             self._plans[device] = Plan(
                 *self._evaluate({}, self.magnitude, device), sizes, masses, periods, depths, strides, fades
             )

@@ -203,7 +203,7 @@ class Directed(Derivation):
         if self.decay is None:
             return torch.zeros_like(portions)
         plan = self._plan(t.device)
-        lengths, fades = t * plan.masses * portions, plan.fades & moves
+        lengths, fades = t * plan.masses * portions, plan.fades * moves
         return lost(self.decay, lengths, stretches, steps, fades, look=not self._masked(t.device))
 
     def _half(self, sources: Mapping[str, Tensor], device: torch.device) -> bool:

@@ -97,18 +97,22 @@ def test_fading_takes_no_more_than_a_share_of_the_step() -> None:
     assert Relative(0.2).shares(lengths, 4 * one, torch.tensor(10)).tolist() == pytest.approx([0, 0.008, 8])
 
 
-@pytest.mark.parametrize("stretch", ["measured", "declared"])
-def test_a_fading_weight_loses_the_stated_share_of_itself(stretch) -> None:
-    method = agd(NET, SquareLoss(), decay=Fading(2.0, 0.5), stretch=stretch)
-    params = NET.init(0, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("stretch", "size"), [("measured", 1.0), ("declared", 1.0), ("measured", 0.25), ("measured", 4.0)]
+)
+def test_a_fading_weight_loses_the_stated_share_of_itself(stretch, size) -> None:
+    """Of one of declared size below 1 that part of it."""
+    net = Linear(3, 6, size=size) @ Tanh() @ Linear(6, 4, size=size)
+    method = agd(net, SquareLoss(), decay=Fading(2.0, 0.5), stretch=stretch)
+    params = net.init(0, dtype=torch.float64)
     state = method.init(params)
     for step in range(1, 60):
         grads = gradients(method, params, step)
         updates, after = method.update(grads, state, params)
         for name, portion in zip(params, after.portions, strict=True):
-            share = min(2.0 / (step + 50), 0.5 * float(after.t * portion))
+            share = min(size, 1.0) * min(2.0 / (step + 50), 0.5 * float(after.t * portion))
             moved = updates[name] + share * params[name]
-            along = NET.weights()[name].norm.size(moved)
+            along = net.weights()[name].norm.size(moved) / size
             assert float(along) == pytest.approx(float(after.t * portion), rel=5e-3)
         params, state = {name: w + updates[name] for name, w in params.items()}, after
 
