@@ -13,7 +13,9 @@ have outgrown their declared sizes. Of a long step the bound itself, whose growt
 much again at η = 0.5), which counts as curvature here and keeps long steps shorter. Fresh batches make both slopes unbiased, and in the
 mean of differences their noise nearly cancels, as the gradient that ends one difference begins the next.
 
-The steps are those of majorants whose B is multiplied by κ (``Majorant.curved``).
+The steps are those of majorants whose B is multiplied by κ (``Majorant.curved``). The bound of a captured model can be off by more
+than a declared one: with outputs as small as on the example, κ comes to 15 on a plain convolutional network and to 0.4 on a BERT, so
+that outputs count as 1 at first, and κ may come to as much less as they are (``Network.slack``; docs/trials.md).
 """
 
 from typing import Any
@@ -32,7 +34,7 @@ UNKNOWN = 1 / 2
 """The least κ where measured descents do not stand out of noise, of which steps would be made that are longer by 1/κ."""
 
 
-def curvature(state: State, steady: Scalar, noise: float) -> Scalar:
+def curvature(state: State, steady: Scalar, noise: float, slack: float = 1.0) -> Scalar:
     """κ: 1 before anything was measured.
 
     Args:
@@ -40,10 +42,11 @@ def curvature(state: State, steady: Scalar, noise: float) -> Scalar:
         steady: q, the share of the descents' mean square that their mean has (``held_out.py``).
         noise: what q is, in expectation, of noise alone: (1 − β_s)/(1 + β_s) of a mean with weight β_s of the past. Up to
             this q the least κ is ``UNKNOWN``, and from four times as much on ``LEAST``.
+        slack: what the least κ is multiplied with (``Network.slack``).
     """
     known = state.expected > 0
     ratio = state.fallen / torch.where(known, state.expected, 1.0)
-    least = (UNKNOWN * noise / steady).clamp(LEAST, UNKNOWN)
+    least = slack * (UNKNOWN * noise / steady).clamp(LEAST, UNKNOWN)
     return torch.where(known, torch.maximum(ratio, least), 1.0).clamp(max=MOST)
 
 
@@ -60,7 +63,7 @@ def mean_multiple(multiples: Each, gains: Each) -> Scalar:
     return torch.where(known, (weights * multiples).sum() / torch.where(known, total, 1.0), 1.0)
 
 
-def looked_back(state: State, left: Tensor, reach: Tensor) -> dict[str, Any]:
+def looked_back(state: State, left: Tensor, reach: Tensor, *, doubtful: bool = False) -> dict[str, Any]:
     """The state's ``fallen`` and ``expected`` with the last step counted in. The very first counts as if κ were 1.
 
     A step that moved a weight of which the fresh gradient says nothing (or the other way round) is left out, and so is one without
@@ -70,10 +73,14 @@ def looked_back(state: State, left: Tensor, reach: Tensor) -> dict[str, Any]:
         state: before the update, with the last step's ``descents``.
         left: ⟨g_{t+1}, u_t⟩ of each parameter, 0 where there is no gradient or was no direction.
         reach: p_k·m_k·ω_k of each parameter at the last step.
+        doubtful: whether the bound may be far off (``Network.captured``). The first steps' means are then plain ones, so that a few
+            steps outweigh it, and not twenty.
     """
     fall = (reach * (state.descents - left)).sum()
     comparable = ((state.descents != 0) == (left != 0)).all() & fall.isfinite() & (state.due > 0)
     share = (1 - MEMORY) * comparable.to(fall.dtype)
+    if doubtful:
+        share = torch.maximum(share, comparable / (state.steps + 1).to(fall.dtype))
     bound = MOST * state.due
     fall = torch.where(comparable, torch.minimum(torch.maximum(fall, -bound), bound), 0.0)
     known = state.expected > 0

@@ -155,7 +155,9 @@ class Directed(Derivation):
         left = {n: Direction(u, one).pair(gradients[n]) for n, u in state.directions.items() if n in gradients}
         pairs = exchange.total(torch.stack([left.get(name, zero) for name in self.atoms]))
         reach = state.sizes * self._plan(state.t.device).masses
-        fallen = looked_back(state, pairs, reach * state.portions) if self.curvature == "measured" else {}
+        fallen = {}
+        if self.curvature == "measured":
+            fallen = looked_back(state, pairs, reach * state.portions, doubtful=self.network.captured)
         further = self._plan(state.t.device).strides * state.stretches
         used = weighed(state, pairs, reach, further) if self.balance == "measured" else {}
         return state._replace(**fallen, **used), left

@@ -62,6 +62,11 @@ class Network(ABC):
         return self.domain
 
     @property
+    def slack(self) -> float:
+        """What the least curvature that may be measured is multiplied with: below 1 where the bound is known to be cautious."""
+        return 1.0
+
+    @property
     def children(self) -> tuple[tuple[str, "Network"], ...]:
         """Submodules with the names they add to the path."""
         return ()

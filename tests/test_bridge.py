@@ -33,6 +33,7 @@ from modula_agd import (
 )
 from modula_agd.bridge import Bridged, undeclare
 from modula_agd.bridge.weights import size_of
+from modula_agd.kernel_norm import Unfolded
 from modula_agd.norm import Transposed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "bridge"))
@@ -218,10 +219,40 @@ def test_a_size_is_measured_within_some_per_cent(norm: Any) -> None:
     assert size_of(norm, weight) == pytest.approx(float(norm.size(weight)), rel=0.02)
 
 
-def test_a_kernel_is_measured_too() -> None:
+@pytest.mark.parametrize("geometry", ["taps", "patch"])
+def test_a_kernel_is_measured_too(geometry: Any) -> None:
     kernel = torch.randn(32, 16, 3, 3, generator=torch.Generator().manual_seed(0))
-    norm = Conv2d(32, 16, 3).norm
+    norm = Conv2d(32, 16, 3, geometry=geometry).norm
     assert size_of(norm, kernel) == pytest.approx(float(norm.size(kernel)), rel=0.02)
+
+
+@pytest.mark.parametrize(("layer", "shape"), [("Conv1d", (9,)), ("Conv2d", (9, 9)), ("ConvTranspose2d", (9, 9))])
+def test_a_kernel_moves_as_one_matrix(layer: str, shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(getattr(nn, layer)(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    inputs = torch.randn(8, 4, *shape)
+    model(inputs)
+    kernel = from_torch(model, inputs).weights()["0.weight"]
+    assert isinstance(kernel.norm, Unfolded)
+    assert kernel.size == pytest.approx(float(kernel.norm.size(model[0].weight.detach())), rel=0.02)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 0.5, 0.8, 30.0])
+def test_small_scores_count_as_one_but_may_be_found_as_flat_as_they_are(factor: float) -> None:
+    model, inputs = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 5, bias=False)), torch.randn(64, 16)
+    with torch.no_grad():
+        peak = float(model(inputs).abs().amax(1).mean())
+        model[2].weight *= factor / peak
+    network = from_torch(model, inputs)
+    assert float(network.bound().magnitude) == pytest.approx(max(factor, 1.0), rel=0.01)
+    assert network.slack == pytest.approx(min(max(factor, 0.3), 1.0) ** 2, rel=0.02)
+    assert from_torch(model, inputs, scores=False).slack == 1
+    # what the least curvature is multiplied with
+    method = agd(network, CrossEntropy())
+    zero = torch.zeros((), dtype=torch.float64)
+    state = method.init(network.parameters())._replace(
+        expected=zero + 1, smoothed=zero + 1, scale=zero + 1, weight=zero + 1
+    )
+    assert float(method.measured_curvature(state)) == pytest.approx(network.slack / 8)
 
 
 def test_sizes_are_those_of_the_weights_as_they_come() -> None:

@@ -19,7 +19,7 @@ from modula_agd import (
     Tanh,
     agd,
 )
-from modula_agd.curvature import LEAST, MEMORY, MOST, UNKNOWN, curvature
+from modula_agd.curvature import LEAST, MEMORY, MOST, UNKNOWN, curvature, looked_back
 from modula_agd.held_out import OUTLIER
 from modula_agd.train import task
 from support import batch, gradients
@@ -257,8 +257,25 @@ def test_a_slope_that_does_not_fall_lets_steps_grow_as_far_as_descents_stand_out
     one = torch.ones((), dtype=torch.float64)
     state = method.init(NET.init(0))._replace(fallen=0 * one, expected=one)
     assert float(curvature(state, steady * one, 0.025)) == pytest.approx(least)
+    assert float(curvature(state, steady * one, 0.025, 0.1)) == pytest.approx(0.1 * least)
     # what is found more curved is not touched
-    assert float(curvature(state._replace(fallen=3 * one), steady * one, 0.025)) == 3
+    assert float(curvature(state._replace(fallen=3 * one), steady * one, 0.025, 0.1)) == 3
+
+
+@pytest.mark.parametrize("doubtful", [True, False])
+def test_a_doubtful_bound_is_forgotten_in_a_few_steps(doubtful) -> None:
+    """Steps that use up 1/10 of what is expected, for ever: κ is their plain mean with the bound's 1, until twenty have been made."""
+    method = agd(NET, SquareLoss())
+    one = torch.ones((), dtype=torch.float64)
+    state = method.init(NET.init(0))
+    reach = torch.ones_like(state.descents)
+    for n in range(1, 101):
+        state = state._replace(steps=torch.tensor(n), due=2 * one, descents=reach)
+        state = state._replace(**looked_back(state, 0.9 * reach, reach, doubtful=doubtful))
+        found = float(state.fallen / state.expected)
+        plain = 1 / (n + 1) if doubtful and n < 20 else None
+        ages = plain if plain is not None else (0.05 if doubtful else 1.0) * 0.95 ** (n - 19 if doubtful else n)
+        assert found == pytest.approx(0.1 + 0.9 * ages)
 
 
 def test_noise_alone_has_the_steadiness_that_the_method_reckons_with() -> None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from modula_agd.bound import Bound
 from modula_agd.bridge.capture import Captured, arguments, capture, chosen, in_mode
 from modula_agd.bridge.declare import rule_of
-from modula_agd.bridge.flow import Flow, propagate
+from modula_agd.bridge.flow import LEAST, SEEN, Flow, propagate
 from modula_agd.bridge.leaf import Leaf, leaves
 from modula_agd.bridge.operators import UNMOVED
 from modula_agd.bridge.scores import score_nodes
@@ -67,6 +67,15 @@ class Bridged(Network):
     def _propagated(self, step: Step, corrections: dict[Any, float]) -> Bound:
         flow = Flow(self.graph, self.declarations, self.ratios, self._leaves, self._scores, step, corrections)
         return propagate(flow, rule_of, UNMOVED)
+
+    @cached_property
+    def slack(self) -> float:
+        """Scores of classes are near 0 at first: what they count as, they have yet to come to."""
+        if not isinstance(self.ends, Logits):
+            return 1.0
+        seen = self.graph.peaks.get(self.graph.output, 0.0)
+        size = seen[0] if isinstance(seen, tuple) else seen
+        return (max(size, SEEN) / max(size, LEAST)) ** 2
 
     @cached_property
     def _leaves(self) -> dict[str, Leaf]:

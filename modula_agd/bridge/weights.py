@@ -7,7 +7,7 @@ where the parameter goes                    it is                               
                                             from the right
 the same, into the model's output           ``Linear(Logits(o), i)``                              ``RowNorm``
 the same, split in n equal parts after it   n fused weights                                       ``RowBlocks(Spectral(), n)``
-``conv1d`` … ``conv_transpose3d``           ``Conv1d`` …                                          ``PerTap``
+``conv1d`` … ``conv_transpose3d``           ``Conv1d`` …                                          ``Unfolded``
 ``embedding``                               ``Embedding(d, n)``                                   ``RowNorm``
 ``lstm``, ``gru``, ``rnn_tanh``             4, 3 or 1 fused weights                               ``RowBlocks(Spectral(), n)``
 a bias's place, ``add``                     ``Bias``                                              ``RMS``; ``Sign`` on logits
@@ -269,7 +269,8 @@ def _convolution(node: Node, name: str, shape: tuple[int, ...]) -> Any:
     layer = getattr(convolution, f"Conv{'Transpose' * transposed}{dims}d")
     options = {what: node.named(what, default) for what, default in (("stride", 1), ("dilation", 1), ("padding", 0))}
     settings = {what: _one(value) for what, value in options.items() if not isinstance(value, str)}
-    return layer(*fans, _one(shape[2:]), groups=groups, **settings)
+    # its size is measured, so that it does not matter that a drawn one would be small
+    return layer(*fans, _one(shape[2:]), groups=groups, geometry="patch", **settings)
 
 
 def _one(values: Any) -> Any:
