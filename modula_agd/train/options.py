@@ -11,13 +11,13 @@ from modula_agd.train.architecture import ARCHITECTURES
 from modula_agd.train.catalogue import CONTEXT, EVERY_NAME, source
 from modula_agd.train.objective import LOSSES
 
-METHOD = "held-out"
-"""The default of ``--method``."""
+METHOD = "fading"
+"""The default of ``--method``: the command trains from scratch, where no weights are to be kept."""
 
 METHODS_ABOUT = {
     "agd": "AGD exactly as published",
     "held-out": "for small batches: the direction from past gradients, its descent from the fresh one, curvature as measured",
-    "fading": "the same, and weights forget over a time that grows with the run, against overfitting",
+    "fading": "held-out, and weights forget over a time that grows with the run, against overfitting",
     "closed-form": "the published formula, with the network's own depth and magnitude",
     "exact": "the exact minimum of the network's own bound",
     "certified": "never raises the loss of a full batch; needs --arch linear",

@@ -51,7 +51,7 @@ def test_runs_are_named_and_never_collide(tmp_path, monkeypatch, capsys):
         assert main([*TINY, "--steps", "1"]) == 0
     names = sorted(folder.name for folder in (tmp_path / "runs").iterdir())
     assert len(names) == 3
-    assert all(name.startswith("digits-fcn-held-out-seed0-") for name in names)
+    assert all(name.startswith("digits-fcn-fading-seed0-") for name in names)
 
 
 def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, capsys):

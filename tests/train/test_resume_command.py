@@ -61,7 +61,7 @@ def half(kept, tmp_path):
 
 
 def test_a_run_goes_on_with_its_own_options(kept, half, capsys):
-    same = ["--width", "8", "--dropout", "0.2", "--steps", "8", "--seed", "0", "--method", "held-out", "--context", "8"]
+    same = ["--width", "8", "--dropout", "0.2", "--steps", "8", "--seed", "0", "--method", "fading", "--context", "8"]
     assert main(["train", "--resume", str(half), *same, "--quiet"]) == 0
     assert "goes on after 4 steps" in capsys.readouterr().out
     assert list(differences(kept / "whole", half)) == []
@@ -86,7 +86,7 @@ def test_a_finished_run_says_so_and_is_drawn_if_a_kill_left_it_undrawn(kept, tmp
         (["--data", "digits"], "--data digits was given"),
         (["--arch", "fcn"], "--arch fcn was given to go on with a run that was begun with 'gpt'"),
         (["--loss", "square"], "--loss square was given"),
-        (["--method", "agd"], "--method agd was given to go on with a run that was begun with 'held-out'"),
+        (["--method", "agd"], "--method agd was given to go on with a run that was begun with 'fading'"),
         (["--batch-size", "5"], "--batch-size 5 was given"),
         (["--steps", "9"], "--steps 9 was given to go on with a run that was begun with 8"),
         (["--epochs", "3"], "--epochs 3 was given to go on with a run that was begun with None"),
