@@ -35,6 +35,7 @@ from modula_agd.bridge import Bridged, undeclare
 from modula_agd.bridge.weights import size_of
 from modula_agd.kernel_norm import Unfolded
 from modula_agd.norm import Transposed
+from modula_agd.train.data import classification
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "bridge"))
 models = importlib.import_module("models")
@@ -253,6 +254,29 @@ def test_small_scores_count_as_one_but_may_be_found_as_flat_as_they_are(factor: 
         expected=zero + 1, smoothed=zero + 1, scale=zero + 1, weight=zero + 1
     )
     assert float(method.measured_curvature(state)) == pytest.approx(network.slack / 8)
+
+
+def test_a_plain_convolutional_network_does_not_run_away(data_dir: Path) -> None:
+    """Whose logits are near 0 at first, so that the bound of the example is far too small: losses of 3.7 to 6.6 in the first steps, once."""
+    images = classification("cifar10", data_dir).train
+    torch.manual_seed(0)
+    sides = ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128))
+    body = [
+        layer
+        for n, (i, o) in enumerate(sides)
+        for layer in (nn.Conv2d(i, o, 3, padding=1), nn.ReLU(), *[nn.MaxPool2d(2)] * (n % 2))
+    ]
+    model = nn.Sequential(*body, nn.Flatten(), nn.Linear(128 * 64, 128), nn.ReLU(), nn.Linear(128, 10))
+    optimizer = AGD(model, CrossEntropy(), example_inputs=images.inputs[:64])
+    losses = []
+    for rows in torch.arange(40 * 64).split(64):
+        loss = nn.functional.cross_entropy(model(images.inputs[rows]), images.labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert max(losses) < 2.6
+    assert sum(losses[-5:]) / 5 < 2.25
 
 
 def test_sizes_are_those_of_the_weights_as_they_come() -> None:
