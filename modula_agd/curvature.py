@@ -14,8 +14,8 @@ much again at η = 0.5), which counts as curvature here and keeps long steps sho
 mean of differences their noise nearly cancels, as the gradient that ends one difference begins the next.
 
 The steps are those of majorants whose B is multiplied by κ (``Majorant.curved``). The bound of a captured model can be off by more
-than a declared one: with outputs as small as on the example, κ comes to 15 on a plain convolutional network and to 0.4 on a BERT, so
-that outputs count as 1 at first, and κ may come to as much less as they are (``Network.slack``; docs/trials.md).
+than a declared one: with scores of 0.3, near what an example shows at first, κ comes to 0.4 on a BERT and to 16 and more on a plain
+convolutional network. So outputs count as 1 at least, and κ may be as much less as they are (``Network.curvature_slack``; docs/trials.md).
 """
 
 from typing import Any
@@ -28,8 +28,9 @@ from modula_agd.state import Each, Scalar, State
 MEMORY = 0.95
 """Weight of the past in both means: about the last twenty steps."""
 LEAST, MOST = 1 / 8, 16.0
-"""κ is kept between these, and no single step counts for more than MOST. A slope that has not fallen must not send a step to infinity;
-steps that were let grow further did no better by training losses over whole runs (docs/trials.md)."""
+"""κ is kept between these (the least times the network's slack), and no single step counts for more than MOST. A slope that has not
+fallen must not send a step to infinity; steps that were let grow further did no better by training losses over whole runs
+(docs/trials.md)."""
 UNKNOWN = 1 / 2
 """The least κ where measured descents do not stand out of noise, of which steps would be made that are longer by 1/κ."""
 
@@ -42,7 +43,7 @@ def curvature(state: State, steady: Scalar, noise: float, slack: float = 1.0) ->
         steady: q, the share of the descents' mean square that their mean has (``held_out.py``).
         noise: what q is, in expectation, of noise alone: (1 − β_s)/(1 + β_s) of a mean with weight β_s of the past. Up to
             this q the least κ is ``UNKNOWN``, and from four times as much on ``LEAST``.
-        slack: what the least κ is multiplied with (``Network.slack``).
+        slack: what the least κ is multiplied with (``Network.curvature_slack``).
     """
     known = state.expected > 0
     ratio = state.fallen / torch.where(known, state.expected, 1.0)
@@ -80,7 +81,7 @@ def looked_back(state: State, left: Tensor, reach: Tensor, *, doubtful: bool = F
     comparable = ((state.descents != 0) == (left != 0)).all() & fall.isfinite() & (state.due > 0)
     share = (1 - MEMORY) * comparable.to(fall.dtype)
     if doubtful:
-        share = torch.maximum(share, comparable / (state.steps + 1).to(fall.dtype))
+        share = torch.maximum(share, comparable / (state.steps - state.skipped + 1).to(fall.dtype))
     bound = MOST * state.due
     fall = torch.where(comparable, torch.minimum(torch.maximum(fall, -bound), bound), 0.0)
     known = state.expected > 0

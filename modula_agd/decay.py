@@ -13,9 +13,9 @@ forget over a time that grows with the run,
 as in averages of weights and of steps (``averaging.py``, ``step_average.py``): of itself a run keeps about the last 1/(c + 1), with
 c = 1 the last half, however long it is, and of the initial weights (50/(n + 50))^c or more. No weight loses more than it moves of one of
 declared size: where steps are short at first, norms stay near their sizes. (Of a multiplier r the power is r·c, so that one which comes
-down ends the fading.) And a weight of declared size ω_k < 1, where 1 is what keeps the size of activations, loses ω_k·s_k: its steps are
-relative to that size, so that it takes 1/ω_k as many to replace what it forgets, and to grow as it must. (GPT-2 and nanoGPT draw weights
-so; docs/trials.md.) Weights that make logits do not fade under cross-entropy: their length is how certain a classifier is, and training
+down ends the fading.) Of a weight of declared size ω_k < 1, where 1 is what keeps the size of activations, s_n is ω_k times that: it is
+drawn small to grow, and with steps that are relative to ω_k it takes 1/ω_k as many to come to 1. (GPT-2 and nanoGPT draw weights so;
+docs/trials.md.) Weights that make logits do not fade under cross-entropy: their length is how certain a classifier is, and training
 wants that.
 
 Decay is no part of the majorant, which is of the loss along the step alone: what it costs counts in no descent, and what it moves in no
@@ -47,7 +47,7 @@ class Decay(ABC):
     spares: ClassVar[frozenset[Role]] = frozenset()
     """Kinds of parameters that do not decay; what makes logits is of that kind under a loss in the max norm, cross-entropy, alone."""
     by_size: ClassVar[bool] = False
-    """Whether a weight of declared size ω_k < 1 loses ω_k times as much."""
+    """Whether s_k of a weight of declared size ω_k < 1 is ω_k times what ``shares`` says."""
 
     @abstractmethod
     def shares(self, lengths: Each, stretches: Each, steps: Int[Tensor, ""]) -> Each:

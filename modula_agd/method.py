@@ -318,7 +318,9 @@ class Method(Directed):
         usable, smoothed, scale, weight = measured(torch.where(finite, descent, 0.0), state, self.smoothing)
         steady = steadiness(smoothed, scale, weight)
         declared = self._majorant(usable.clamp(min=0.0), sizes, descent.device, evidence)
-        factor = curvature(state, steady, self.noise, self.network.slack) if self.curvature == "measured" else None
+        factor = (
+            curvature(state, steady, self.noise, self.network.curvature_slack) if self.curvature == "measured" else None
+        )
         majorant = declared if factor is None else declared.curved(factor)
         t, change = self.search.minimum(majorant)
         if self.relaxation != 1:
@@ -351,7 +353,9 @@ class Method(Directed):
         """κ, the curvature that steps found in units of the declared one; 1 where it is not measured."""
         if self.curvature != "measured":
             return torch.ones_like(state.t)
-        return curvature(state, steadiness(state.smoothed, state.scale, state.weight), self.noise, self.network.slack)
+        return curvature(
+            state, steadiness(state.smoothed, state.scale, state.weight), self.noise, self.network.curvature_slack
+        )
 
     def check(self, state: State) -> None:
         """Raise ``NonFiniteGradient`` if the update behind ``state`` met one. Waits for the device."""

@@ -62,7 +62,7 @@ class Network(ABC):
         return self.domain
 
     @property
-    def slack(self) -> float:
+    def curvature_slack(self) -> float:
         """What the least curvature that may be measured is multiplied with: below 1 where the bound is known to be cautious."""
         return 1.0
 

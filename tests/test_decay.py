@@ -117,6 +117,32 @@ def test_a_fading_weight_loses_the_stated_share_of_itself(stretch, size) -> None
         params, state = {name: w + updates[name] for name, w in params.items()}, after
 
 
+class Halving(Decay):
+    """A rule of one's own, half of a weight with every step."""
+
+    def shares(self, lengths, stretches, steps):
+        return 0.5 * torch.ones_like(lengths)
+
+
+class BySize(Halving):
+    by_size = True
+
+
+def test_other_rules_take_no_less_of_small_weights_unless_they_say_so() -> None:
+    net = Linear(3, 6, size=0.25) @ Tanh() @ Linear(6, 4, size=0.25)
+    params = net.init(0, dtype=torch.float64)
+    grads = torch.func.grad(agd(net, SquareLoss()).objective)(params, gaussian(8, 4), gaussian(8, 3, seed=1))
+
+    def updates(decay):
+        method = agd(net, SquareLoss(), decay=decay)
+        return method.update(grads, method.init(params), params)
+
+    plain, state = updates(0.0)
+    for decay, share in ((Relative(0.3), 0.3 * float(state.t)), (Halving(), 0.5), (BySize(), 0.125)):
+        for name, update in updates(decay)[0].items():
+            torch.testing.assert_close(update, plain[name] - share * params[name])
+
+
 def drifted(decay) -> float:
     """The size of a weight after 400 steps of one direction."""
     model = NET.to_torch(0)

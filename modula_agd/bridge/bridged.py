@@ -23,6 +23,9 @@ from modula_agd.network import Network
 from modula_agd.run import EVALUATION, Parameters, Run, Step, Weighted
 from modula_agd.space import Features, Image, Logits, Sequence, Space, Volume, brief
 
+REVISION = 2.0
+"""Of what the norms measure, the first of what a checkpoint keeps; raised when a parameter's norm changes."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Bridged(Network):
@@ -68,9 +71,9 @@ class Bridged(Network):
         flow = Flow(self.graph, self.declarations, self.ratios, self._leaves, self._scores, step, corrections)
         return propagate(flow, rule_of, UNMOVED)
 
-    @cached_property
-    def slack(self) -> float:
-        """Scores of classes are near 0 at first: what they count as, they have yet to come to."""
+    @property
+    def curvature_slack(self) -> float:
+        """By the example: scores of classes are near 0 at first, and have yet to come to what they count as."""
         if not isinstance(self.ends, Logits):
             return 1.0
         seen = self.graph.peaks.get(self.graph.output, 0.0)
@@ -119,7 +122,7 @@ class Bridged(Network):
         """All that the capture measured, as numbers in a fixed order, [n] in double precision: what a checkpoint must keep."""
         sizes = [number for weight in self.declarations.values() for number in (weight.size, weight.floor)]
         seen = [*self.graph.magnitudes.values(), *self.graph.peaks.values()]
-        return torch.tensor([*sizes, *self.ratios.values(), *tree_leaves(seen)], dtype=torch.float64)
+        return torch.tensor([REVISION, *sizes, *self.ratios.values(), *tree_leaves(seen)], dtype=torch.float64)
 
     def with_measured(self, numbers: Tensor) -> Self:
         """The same network with what another capture of it measured.
@@ -128,12 +131,12 @@ class Bridged(Network):
             InvalidArgument: the numbers are not those of this network.
         """
         mine = self.measured()
-        if numbers.shape != mine.shape:
+        if numbers.shape != mine.shape or float(numbers[0]) != REVISION:
             raise InvalidArgument(
                 f"{numbers.numel()} measurements of a captured model were to go with {self!r}, which has {mine.numel()}. They "
-                "are of another model, or of another version of torch; start the optimizer anew."
+                "are of another model, or of another version of torch or of this library; start the optimizer anew."
             )
-        left = iter(numbers.tolist())
+        left = iter(numbers.tolist()[1:])
         weights = {name: replace(w, size=next(left), floor=next(left)) for name, w in self.declarations.items()}
         ratios = {use: next(left) for use in self.ratios}
         seen = [

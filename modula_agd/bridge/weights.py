@@ -292,10 +292,14 @@ def size_of(norm: Norm, value: Tensor) -> float:
     with torch.random.fork_rng([value.device] if value.device.type == "cuda" else []):
         torch.manual_seed(0)
         found = [float(torch.svd_lowrank(x, q=min(4, *x.shape[-2:]), niter=6)[1].amax()) for x in stacks]
-    # a norm is linear in its matrices: what its own assembly of them differs by is the factor
-    assembled = norm.assembled(value, stacks).dense()
-    place = int(value.abs().argmax())
-    return max(found) * float(value.flatten()[place] / assembled.flatten()[place])
+    sizes = []
+    for index, largest in enumerate(found):
+        # a norm is linear in its matrices: what its own assembly of each stack differs by is the factor
+        alone = [x if other == index else torch.zeros_like(x) for other, x in enumerate(stacks)]
+        part = norm.assembled(value, alone).dense().flatten()
+        place = int(part.abs().argmax())
+        sizes.append(largest * float(value.flatten()[place] / part[place]) if largest > 0 else 0.0)
+    return max(sizes)
 
 
 def declared(
