@@ -274,7 +274,7 @@ def test_small_scores_count_as_one_but_may_be_found_as_flat_as_they_are(factor: 
 
 
 def test_a_plain_convolutional_network_does_not_run_away(data_dir: Path) -> None:
-    """Whose logits are near 0 at first, so that the example's bound is far too small: losses came to 3.7 and 6.6 in the first steps, once."""
+    """Whose logits are near 0 at first, so that the example's bound is far too small: losses came to 3.7 and 6.6 early on, once."""
     images = classification("cifar10", data_dir).train
     torch.manual_seed(0)
     sides = ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128))
