@@ -268,14 +268,13 @@ def test_a_doubtful_bound_is_forgotten_in_a_few_steps(doubtful) -> None:
     method = agd(NET, SquareLoss())
     one = torch.ones((), dtype=torch.float64)
     state = method.init(NET.init(0))
-    reach = torch.ones_like(state.descents)
+    reach, left = torch.ones_like(state.descents), 1.0
     for n in range(1, 101):
         state = state._replace(steps=torch.tensor(n), due=2 * one, descents=reach)
         state = state._replace(**looked_back(state, 0.9 * reach, reach, doubtful=doubtful))
-        found = float(state.fallen / state.expected)
-        plain = 1 / (n + 1) if doubtful and n < 20 else None
-        ages = plain if plain is not None else (0.05 if doubtful else 1.0) * 0.95 ** (n - 19 if doubtful else n)
-        assert found == pytest.approx(0.1 + 0.9 * ages)
+        # what is left of the bound's 1
+        left *= n / (n + 1) if doubtful and n < 20 else 0.95
+        assert float(state.fallen / state.expected) == pytest.approx(0.1 + 0.9 * left)
 
 
 def test_noise_alone_has_the_steadiness_that_the_method_reckons_with() -> None:

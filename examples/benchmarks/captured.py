@@ -3,8 +3,8 @@
 python examples/benchmarks/captured.py --data-dir DIR [--models mlp resnet vgg nanogpt]
 
 The study's mnist, cnn and chargpt (1,000 steps) as someone who knows nothing of this library would write them, and a plain convolutional
-network for two epochs of CIFAR-10. Trained on nine tenths of
-the training data and judged on the last tenth of it; no test split is read. Prints a row for each run.
+network for two epochs of CIFAR-10. Trained on nine tenths of the training data and judged on the last tenth of it; no test split is
+read. Prints a row for each run.
 """
 
 import argparse
@@ -116,7 +116,7 @@ OURS = {"default": {}, "fading": {"decay": Fading()}}
 RATES = {
     "mlp": {"adamw": (3.16e-4, 1e-3, 3.16e-3, 1e-2)},
     "resnet": {"adamw": (3.16e-3, 1e-2, 3.16e-2, 0.1), "sgd": (3.16e-2, 0.1, 0.316, 1.0)},
-    "vgg": {"adamw": (3.16e-4, 1e-3, 3.16e-3, 1e-2), "sgd": (1e-2, 3.16e-2, 0.1)},
+    "vgg": {"adamw": (3.16e-4, 1e-3, 3.16e-3, 1e-2), "sgd": (1e-2, 3.16e-2, 0.1, 0.316)},
     "nanogpt": {"adamw": (1e-3, 3.16e-3, 1e-2)},
 }
 
