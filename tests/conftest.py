@@ -1,7 +1,8 @@
 """Options and fixtures that several test folders share."""
 
-import importlib.util
+import importlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,6 @@ import torch
 # No test reaches for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-_LIBRARIES: list[torch.library.Library] = []
-"""Kept, as what they define goes with them."""
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -32,18 +31,9 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def torchvision_models() -> None:
-    """torchvision's models, which are Python, also beside a torch that its compiled operators were not built for.
-
-    Other packages import torchvision wherever it is installed, and fail with it.
-    """
-    if importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        _LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for name in ("nms", "qnms"):
-            _LIBRARIES[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    """torchvision's models also beside a torch that its compiled operators were not built for."""
+    sys.path.insert(0, str(_ROOT / "examples" / "bridge"))
+    importlib.import_module("models").without_compiled_operators()
 
 
 @pytest.fixture(scope="session")

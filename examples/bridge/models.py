@@ -4,6 +4,7 @@ Each is a function that gives the model, the loss, and a function from a random 
 them, and targets. ``SOURCES`` says whence each is.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,23 @@ from torch import Tensor, nn
 from modula_agd import CrossEntropy, Loss, Method, SquareLoss, State
 
 Batch = tuple[Any, Tensor]
+_LIBRARIES: list[torch.library.Library] = []
+"""Kept, as what they define goes with them."""
+
+
+def without_compiled_operators() -> None:
+    """Let torchvision's models, which are Python, also load beside a torch that its compiled operators were not built for.
+
+    Other packages import torchvision wherever it is installed, and fail with it.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        _LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for name in ("nms", "qnms"):
+            _LIBRARIES[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @dataclass(frozen=True)

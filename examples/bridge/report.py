@@ -155,6 +155,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    models.without_compiled_operators()
     data = cifar_and_shakespeare(arguments.data_dir) if arguments.data_dir else models.made_up()
     rows = []
     for name in arguments.models:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from models import without_compiled_operators
 from torch import nn
 
 from modula_agd import ModulaError, from_torch
@@ -81,6 +82,7 @@ def of_transformers(name: str, kind: str) -> tuple[nn.Module, object]:
 
 def main() -> None:
     warnings.simplefilter("ignore")
+    without_compiled_operators()
     torch.set_num_threads(1)
     makers: dict[str, Callable[[], tuple[nn.Module, object]]] = {
         **{name: lambda name=name: of_timm(name) for name in VISION.split()},
