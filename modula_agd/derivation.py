@@ -23,7 +23,7 @@ from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence, Majorant, Search
 from modula_agd.network import Network
 from modula_agd.norm import Norm, RowNorm
-from modula_agd.run import Constants, Weighted
+from modula_agd.run import Constants, Role, Weighted
 from modula_agd.space import Space, brief
 from modula_agd.state import Scalar, State
 
@@ -210,14 +210,19 @@ class Derivation:
             found = torch.tensor([float(depth(row)) for row in rows])
         return dict(zip(self.atoms, found.tolist(), strict=True))
 
+    def spared(self, name: str) -> Role | None:
+        """The kind of a parameter that the decay leaves alone; None of one that decays, and without decay."""
+        role = self.atoms[name].role
+        if role == "logits" and not self.loss.max_norm:
+            # to other losses outputs are features
+            role = "matrix"
+        return role if self.decay is not None and role in self.decay.spares else None
+
     def _fades(self, name: str) -> float:
-        """The part of what a decay takes that a parameter loses: nothing of a kind that it spares."""
-        atom = self.atoms[name]
-        # to other losses outputs are features
-        role = "matrix" if atom.role == "logits" and not self.loss.max_norm else atom.role
-        if self.decay is None or role in self.decay.spares:
+        """The part of what a decay takes that a parameter loses."""
+        if self.decay is None or self.spared(name) is not None:
             return 0.0
-        return min(atom.size, 1.0) if self.decay.by_size else 1.0
+        return min(self.atoms[name].size, 1.0) if self.decay.by_size else 1.0
 
     def _plan(self, device: torch.device) -> Plan:
         if device not in self._plans:

@@ -46,6 +46,7 @@ class Share:
             their signal, that of a row which is all signal.
         stretch: how many times as far it goes as its portion of the step, because it lags.
         decayed: share of itself that the weight lost beside it, from 0 to 1.
+        spared: its kind, where the decay leaves that alone, such as "vector" or "logits"; else None.
         held_back_by: what bounds it, in words.
     """
 
@@ -58,6 +59,7 @@ class Share:
     moved: float
     stretch: float
     decayed: float
+    spared: str | None
     held_back_by: str
 
 
@@ -122,7 +124,11 @@ class Explanation:
             "decay",
             "held back by",
         ]
-        shown = [True] * 7 + [any(x.stretch != 1 for x in self.shares), any(x.decayed for x in self.shares), True]
+        shown = [True] * 7 + [
+            any(x.stretch != 1 for x in self.shares),
+            any(x.decayed or x.spared for x in self.shares),
+            True,
+        ]
         body = [
             (
                 x.name,
@@ -133,7 +139,7 @@ class Explanation:
                 f"{x.costs:.1%}",
                 f"{x.moved:.2e}",
                 f"{x.stretch:.2f}",
-                f"{x.decayed:.2e}",
+                f"none: {x.spared}" if x.spared else f"{x.decayed:.2e}",
                 x.held_back_by,
             )
             for x in self.shares
@@ -215,7 +221,9 @@ def explain(
             reason = _reason(mass, pair, signal, gives, costs, method.momentum is not None)
         else:
             reason = "skipped: the gradient was not finite" if made else "no step was made yet"
-        shares.append(Share(name, dual, pair, signal, gives, costs, moved, stretch, decayed, reason))
+        shares.append(
+            Share(name, dual, pair, signal, gives, costs, moved, stretch, decayed, method.spared(name), reason)
+        )
     told = float(state.told)
     predicted = float(state.predicted) / told if told else None
     realised = float(state.realised) / told if told else None

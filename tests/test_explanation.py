@@ -1,6 +1,7 @@
 """Why a step was as long as it was."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,16 @@ from modula_agd import (
     AGD,
     GPT,
     MLP,
+    Bias,
     ClosedForm,
     CrossEntropy,
+    Explanation,
+    Fading,
     Identity,
     InvalidArgument,
     Linear,
     Logits,
+    Loss,
     Method,
     ReLU,
     Shared,
@@ -271,3 +276,23 @@ def test_the_step_is_what_the_weight_moved_by_with_the_multiplier_and_beside_the
     text = str(explain(method, state))
     assert "decay" in text
     assert "decay" not in str(explain(agd(NET, SquareLoss()), run(agd(NET, SquareLoss()), 1)[1]))
+
+
+def test_what_a_decay_spares_is_told_with_its_kind() -> None:
+    net = Linear(Logits(5), 16) @ Bias(16) @ ReLU() @ Linear(16, 8)
+    grads = {name: torch.ones_like(value) for name, value in net.init(0).items()}
+
+    def told(loss: Loss, **options: Any) -> Explanation:
+        method = agd(net, loss, **options)
+        return explain(method, method.update(grads, method.init(net.init(0)), net.init(0))[1])
+
+    fading = told(CrossEntropy(), decay=Fading())
+    assert [share.spared for share in fading.shares] == [None, "vector", "logits"]
+    assert [share.decayed > 0 for share in fading.shares] == [True, False, False]
+    assert "none: logits" in str(fading)
+    # to another loss outputs are features; and relative decay spares nothing
+    square = Linear(5, 16) @ Bias(16) @ ReLU() @ Linear(16, 8)
+    assert agd(square, SquareLoss(), decay=Fading()).spared("3.weight") is None
+    for plain in (told(CrossEntropy(), decay=0.1), told(CrossEntropy())):
+        assert [share.spared for share in plain.shares] == [None] * 3
+        assert "none:" not in str(plain)
