@@ -63,17 +63,16 @@ def agd(
             logits, which go so much further); or ``Fading()``, which has no unit to choose and spares
             biases, gains and, under cross-entropy, the last layer. No part of the majorant.
         relaxation: multiple > 0 of its minimiser that a majorant asks for. "auto" is, where curvature is measured,
-            1 at first and up to 2 as the run goes on, the longer the less steady the measured descents are (``held_out.py``), but 1 for a
-            captured model, whose bound is as tight as it is uncertain; 1 elsewhere. Above 1 it is assumed, not derived, that the loss
-            bears it.
+            1 at first and up to 2 as the run goes on, the longer the less steady the measured descents are (``held_out.py``); 1
+            elsewhere. Above 1 it is assumed, not derived, that the loss bears it.
         precision: in which polar factors are iterated: "half" is bfloat16, whatever the weights; "full" float32, or float64 of
             such weights, and nothing that is kept is shorter. "auto" iterates in bfloat16 on CUDA, but for float64, and in float32
             elsewhere; directions are made of past gradients in bfloat16 then.
         curvature: of the loss bound: "measured", as past steps found it (``curvature.py``), which keeps each weight's last direction
             (one more buffer of half its size), or "declared". "auto" is measured where there is momentum.
         balance: of the weights' steps: "measured", by how much of its slope each was seen to use up (``balance.py``), or "declared", equal
-            relative steps times masses. "auto" is measured where curvature is, but for a captured model, and for tracked sizes and a
-            closed form, whose growth portions would change.
+            relative steps times masses. "auto" is measured where curvature is, but for tracked sizes and a closed form, whose growth
+            portions would change.
         step_average: ρ ≥ 0: a step is the mean of those that the majorants of about the last 1/(ρ + 1) of the run asked for
             (``step_average.py``); None takes the newest majorant's alone. "auto" is 1 where there is momentum, and None elsewhere.
         rows: of embeddings, positions and matrices into logits: "measured", each row goes by the share of signal in its past gradients,
@@ -162,13 +161,13 @@ def agd(
         stretch = "declared" if momentum is None else "measured"
     fixed = sizes == "tracked" or isinstance(search, ClosedForm)
     if balance == "auto":
-        balance = "declared" if network.captured or fixed else curvature
+        balance = "declared" if fixed else curvature
     if balance == "measured" and fixed:
         raise InvalidArgument(
             f"agd was given a measured balance with {search!r} and {sizes} sizes, but portions keep the growth of exact growth at declared "
             "sizes alone. Leave balance out."
         )
-    by_steadiness = relaxation == "auto" and curvature == "measured" and not network.captured
+    by_steadiness = relaxation == "auto" and curvature == "measured"
     if relaxation == "auto":
         relaxation = 1.0
     if not (finite(relaxation) and relaxation > 0):

@@ -89,9 +89,12 @@ def test_a_plain_model_without_an_example_is_told_the_remedy() -> None:
         AGD(nn.Linear(8, 3), method, example_inputs=torch.randn(4, 8))
 
 
-def test_a_captured_bound_is_as_tight_as_it_is_uncertain_and_no_step_goes_beyond_its_minimiser() -> None:
-    method = agd(from_torch(small(), torch.randn(16, 8)), CrossEntropy())
-    assert (method.relaxation, method.measures) == (1.0, True)
+def test_captured_models_are_stepped_as_any_network_but_for_their_rows() -> None:
+    captured = agd(from_torch(small(), torch.randn(16, 8)), CrossEntropy())
+    own = agd(Linear(Logits(3), 16) @ Tanh() @ Linear(16, 8), CrossEntropy())
+    told = [(method.relaxation, method.balance, method.curvature, method.stretch) for method in (captured, own)]
+    assert told == [(None, "measured", "measured", "measured")] * 2
+    assert (captured.rows, own.rows) == ("declared", "measured")
 
 
 def test_tracked_sizes_follow_the_weights() -> None:
