@@ -13,9 +13,12 @@ have outgrown their declared sizes. Of a long step the bound itself, whose growt
 much again at η = 0.5), which counts as curvature here and keeps long steps shorter. Fresh batches make both slopes unbiased, and in the
 mean of differences their noise nearly cancels, as the gradient that ends one difference begins the next.
 
-The steps are those of majorants whose B is multiplied by κ (``Majorant.curved``). The bound of a captured model can be off by more
-than a declared one: with scores of 0.3, near what an example shows at first, κ comes to 0.4 on a BERT and to 16 and more on a plain
-convolutional network. So outputs count as 1 at least, and κ may be as much less as they are (``Network.curvature_slack``; docs/trials.md).
+The steps are those of majorants whose B is multiplied by κ (``Majorant.curved``). Scores of classes that are declared near 0, as those
+of many layers without a factor are, come to 1 soon, by growth that no bound at declared sizes has: counted as they are, κ would have to be
+1/a² there, and plain networks of eight layers did not learn (docs/trials.md). So scores count as ``OUTPUTS`` at least where curvature is
+measured, and κ may be as much less as that is cautious (``slack``). The bound of a captured model can be off by more than a declared
+one, either way: with scores of 0.3, near what an example shows at first, κ comes to 0.4 on a BERT and to 16 and more on a plain
+convolutional network.
 """
 
 from typing import Any
@@ -28,14 +31,26 @@ from modula_agd.state import Each, Scalar, State
 MEMORY = 0.95
 """Weight of the past in both means: about the last twenty steps."""
 LEAST, MOST = 1 / 8, 16.0
-"""κ is kept between these (the least times the network's slack), and no single step counts for more than MOST. A slope that has not
+"""κ is kept between these (the least times ``slack``), and no single step counts for more than MOST. A slope that has not
 fallen must not send a step to infinity; steps that were let grow further did no better by training losses over whole runs
 (docs/trials.md)."""
 UNKNOWN = 1 / 2
 """The least κ where measured descents do not stand out of noise, of which steps would be made that are longer by 1/κ."""
 
+OUTPUTS = 1.0
+"""Least magnitude that outputs of captured models count with, and scores of classes of any network: what this library's own declare, and
+what scores come to as they are learnt."""
+SEEN = 0.3
+"""Least magnitude that measured curvature may let scores count with, where they are declared or seen below ``OUTPUTS``. Assumed, as is
+that: chosen by training losses of small models."""
 
-def curvature(state: State, steady: Scalar, noise: float, slack: float = 1.0) -> Scalar:
+
+def slack(scores: float) -> float:
+    """What the least κ is multiplied with where scores of that magnitude count as ``OUTPUTS`` at least."""
+    return (max(scores, SEEN) / max(scores, OUTPUTS)) ** 2
+
+
+def curvature(state: State, steady: Scalar, noise: float, least: float = 1.0) -> Scalar:
     """κ: 1 before anything was measured.
 
     Args:
@@ -43,12 +58,12 @@ def curvature(state: State, steady: Scalar, noise: float, slack: float = 1.0) ->
         steady: q, the share of the descents' mean square that their mean has (``held_out.py``).
         noise: what q is, in expectation, of noise alone: (1 − β_s)/(1 + β_s) of a mean with weight β_s of the past. Up to
             this q the least κ is ``UNKNOWN``, and from four times as much on ``LEAST``.
-        slack: what the least κ is multiplied with (``Network.curvature_slack``).
+        least: what the least κ is multiplied with (``slack``).
     """
     known = state.expected > 0
     ratio = state.fallen / torch.where(known, state.expected, 1.0)
-    least = slack * (UNKNOWN * noise / steady).clamp(LEAST, UNKNOWN)
-    return torch.where(known, torch.maximum(ratio, least), 1.0).clamp(max=MOST)
+    lowest = least * (UNKNOWN * noise / steady).clamp(LEAST, UNKNOWN)
+    return torch.where(known, torch.maximum(ratio, lowest), 1.0).clamp(max=MOST)
 
 
 def mean_multiple(multiples: Each, gains: Each) -> Scalar:

@@ -4,8 +4,8 @@ search tries, the majorant, and the certificate that says what all of it rests o
 Nothing here changes between steps but, where sizes are tracked, the bound.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from modula_agd.bound import Bound, Number
+from modula_agd.bound import Bound, Number, larger
+from modula_agd.curvature import OUTPUTS, slack
 from modula_agd.decay import Decay, Relative
 from modula_agd.device import precise
 from modula_agd.directions import period
@@ -26,6 +27,7 @@ from modula_agd.norm import Norm, RowNorm
 from modula_agd.run import Constants, Role, Weighted
 from modula_agd.space import Space, brief
 from modula_agd.state import Scalar, State
+from modula_agd.stretch import MOST, PLAIN
 
 
 class Plan(NamedTuple):
@@ -40,6 +42,8 @@ class Plan(NamedTuple):
         depths: m_k·d_k, each parameter's part of the depth at declared sizes; empty where nobody asks.
         strides: unit steps that each parameter's typical input bears.
         fades: the part of what a decay takes that each parameter loses.
+        least: what the least measured curvature is multiplied with, below 1 where the bound is known to be cautious.
+        reaches: the most that each parameter is stretched; empty where none is.
     """
 
     points: Float[Tensor, " points"]
@@ -50,6 +54,8 @@ class Plan(NamedTuple):
     depths: Float[Tensor, " parameters"]
     strides: Float[Tensor, " parameters"]
     fades: Float[Tensor, " parameters"]
+    least: float
+    reaches: Float[Tensor, " parameters"]
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,18 @@ class Derivation:
         return (1 - past) / (1 + past)
 
     @property
+    def scores(self) -> float | None:
+        """The magnitude that the network declares of scores of classes, which count as ``OUTPUTS`` at least where curvature is measured.
+
+        None where curvature is declared, where sizes are tracked, so that the bound follows what scores come to, of other outputs, and
+        of a captured model, which sees to its own.
+        """
+        declared = self.curvature == "declared" or self.sizes == "tracked"
+        if declared or self.network.captured or not self.loss.max_norm:
+            return None
+        return float(self.network.bound(0.0, magnitude=self.magnitude, constants=self.constants).magnitude)
+
+    @property
     def needs_evidence(self) -> bool:
         """Whether ``update`` must be given ``evidence``."""
         return self.search.needs_evidence
@@ -196,19 +214,32 @@ class Derivation:
 
     def _depths(self, sizes: Mapping[str, Number]) -> dict[str, float]:
         options: dict[str, Any] = {"magnitude": self.magnitude, "constants": self.constants, "sizes": sizes}
+        # each network has the mass of one parameter alone
+        masses = torch.diag(torch.tensor(list(self.masses.values()), dtype=torch.float64))
+        depths = self._of_each(masses, lambda masses: self.network.massed(masses).bound(0.0, **options).depth)
+        return dict(zip(self.atoms, depths.tolist(), strict=True))
 
-        def depth(masses: Mapping[str, Any]) -> Number:
-            return self.network.massed(masses).bound(0.0, **options).depth
+    def _reaches(self) -> Tensor:
+        """The most that each parameter is stretched: more where outputs are declared not to grow with it (``stretch.py``)."""
+        if self.network.captured:
+            return torch.full((len(self.atoms),), PLAIN, dtype=torch.float64)
+        options: dict[str, Any] = {"magnitude": self.magnitude, "constants": self.constants}
+        declared = torch.tensor([atom.size for atom in self.atoms.values()], dtype=torch.float64)
+        # each network has one parameter of twice its size
+        sizes = declared * (1 + torch.eye(len(declared), dtype=torch.float64))
+        magnitudes = self._of_each(sizes, lambda sizes: self.network.bound(0.0, sizes=sizes, **options).magnitude)
+        grows = magnitudes > 1.001 * float(self.network.bound(0.0, **options).magnitude)
+        return torch.where(grows, PLAIN, MOST).to(torch.float64)
 
-        # as many networks at once as there are parameters, each with the mass of one of them alone
-        alone = torch.diag(torch.tensor(list(self.masses.values()), dtype=torch.float64))
+    def _of_each(
+        self, rows: Float[Tensor, "networks parameters"], fact: Callable[[Mapping[str, Any]], Number]
+    ) -> Tensor:
+        """A fact of as many networks at once as there are parameters, row k with the numbers of the k-th, [networks]."""
         try:
-            found = torch.as_tensor(depth(dict(zip(self.atoms, alone.unbind(), strict=True)))).expand(len(alone))
+            return torch.as_tensor(fact(dict(zip(self.atoms, rows.unbind(1), strict=True)))).expand(len(rows))
         except (RuntimeError, TypeError, ValueError):
             # a user's rule may want numbers, for max() or an if
-            rows = [dict(zip(self.atoms, row, strict=True)) for row in alone.tolist()]
-            found = torch.tensor([float(depth(row)) for row in rows])
-        return dict(zip(self.atoms, found.tolist(), strict=True))
+            return torch.tensor([float(fact(dict(zip(self.atoms, row, strict=True)))) for row in rows.tolist()])
 
     def spared(self, name: str) -> Role | None:
         """The kind of a parameter that the decay leaves alone; None of one that decays, and without decay."""
@@ -235,15 +266,20 @@ class Derivation:
             depths = masses.new_tensor(list(self._depths({}).values()) if self.balance == "measured" else [])
             strides = masses.new_tensor(list(self.strides.values()))
             fades = masses.new_tensor([self._fades(name) for name in self.atoms])
-            self._plans[device] = Plan(
-                *self._evaluate({}, self.magnitude, device), sizes, masses, periods, depths, strides, fades
-            )
+            least = self.network.curvature_slack if self.scores is None else slack(self.scores)
+            reaches = masses.new_tensor(self._reaches().tolist() if self.stretch == "measured" else [])
+            evaluated = self._evaluate({}, self.magnitude, device)
+            facts = (sizes, masses, periods, depths, strides, fades, least, reaches)
+            self._plans[device] = Plan(*evaluated, *facts)
         return self._plans[device]
 
     def _evaluate(self, sizes: Mapping[str, Number], magnitude: Number, device: torch.device) -> tuple[Tensor, Bound]:
         options = {"magnitude": magnitude, "constants": self.constants, "sizes": sizes}
         points = self.search.points(self.network.bound(0.0, **options), device)
-        return points, self.network.bound(points, **options)
+        bound = self.network.bound(points, **options)
+        if self.scores is not None:
+            bound = replace(bound, magnitude=larger(bound.magnitude, OUTPUTS))
+        return points, bound
 
     def _majorant(self, descent: Scalar, sizes: Tensor, device: torch.device, evidence: Evidence | None) -> Majorant:
         if self.sizes == "prescribed":

@@ -270,7 +270,7 @@ class Method(Directed):
         else:
             # without averages there is no way from them
             if average:
-                numbers |= stretched(state, ways, silent, finite)
+                numbers |= stretched(state, ways, silent, finite, plan.reaches)
             else:
                 numbers |= {"stretches": state.stretches, "foreseen": torch.zeros_like(pairs)}
             numbers["due"] = numbers["due"] * mean_multiple(numbers["stretches"], reach * pairs)
@@ -319,7 +319,9 @@ class Method(Directed):
         steady = steadiness(smoothed, scale, weight)
         declared = self._majorant(usable.clamp(min=0.0), sizes, descent.device, evidence)
         factor = (
-            curvature(state, steady, self.noise, self.network.curvature_slack) if self.curvature == "measured" else None
+            curvature(state, steady, self.noise, self._plan(state.t.device).least)
+            if self.curvature == "measured"
+            else None
         )
         majorant = declared if factor is None else declared.curved(factor)
         t, change = self.search.minimum(majorant)
@@ -354,7 +356,7 @@ class Method(Directed):
         if self.curvature != "measured":
             return torch.ones_like(state.t)
         return curvature(
-            state, steadiness(state.smoothed, state.scale, state.weight), self.noise, self.network.curvature_slack
+            state, steadiness(state.smoothed, state.scale, state.weight), self.noise, self._plan(state.t.device).least
         )
 
     def check(self, state: State) -> None:

@@ -10,10 +10,16 @@ w̄ (``averaging.py``) lie about n/6 steps behind the live ones. Along the way d
 Of a quadratic h_k rises along the way from −e_k through 0, at the minimiser, to e_k, where live weights are no better than averages. A
 weight that is not past the minimiser by a quarter goes further, in a run that is twice as long at most twice as far:
 
-    x_k ← x_k·exp(b_k/n),       b_k = (e_k/4 − h_k)/(|e_k|/4 + |h_k|),       1 ≤ x_k ≤ MOST
+    x_k ← x_k·exp(b_k/n),       b_k = (e_k/4 − h_k)/(|e_k|/4 + |h_k|),       1 ≤ x_k ≤ 8 or 2
 
 No weight goes less far than its portion of t: past the minimiser h_k/e_k hardly tells steps that are too long from such as serve
-(docs/trials.md). A weight some rows of which the gradient does not touch keeps its x_k: such rows move by the very gradients that
+(docs/trials.md). Nor does it where weights swing about a minimiser, as each swing is a slope that a step foresees and that h has not. So
+the most is ``MOST`` where outputs are declared not to grow with the weight, as something behind it normalises: the noise that long
+steps add to it makes the next ones relatively shorter. Where outputs do grow with it, noise in one layer lengthens the steps of all
+others, and in plain networks of eight layers and more stretches, steps and weights drove each other up: there, and in captured models,
+of which it is not known, the most is ``PLAIN``.
+
+A weight some rows of which the gradient does not touch keeps its x_k: such rows move by the very gradients that
 measure them, and others see less of the way. Neither the descent nor the growth counts what a weight goes further, so that t is chosen as
 before; measured curvature does, which is of the steps made. The fresh gradient changes x_k by at most 2%, so a step depends on it by
 as much.
@@ -30,13 +36,13 @@ from modula_agd.state import Each, State
 
 PAST = 1 / 4
 """How far past the minimiser along its way, in units of the way there, a weight is that goes no further."""
-MOST = 8.0
-"""The most that a weight goes further."""
+MOST, PLAIN = 8.0, 2.0
+"""The most that a weight goes further, where outputs do not grow with it and where they do."""
 FIRST, SOON = 20, 50
 """Steps before which nothing is stretched, as directions are made of too few gradients; and up to which n counts as that many."""
 
 
-def stretched(state: State, left: Each, silent: Each, counts: Bool[Tensor, ""]) -> dict[str, Any]:
+def stretched(state: State, left: Each, silent: Each, counts: Bool[Tensor, ""], most: Each) -> dict[str, Any]:
     """The state's ``stretches`` and ``foreseen``, for the step that is to be made.
 
     Args:
@@ -44,6 +50,7 @@ def stretched(state: State, left: Each, silent: Each, counts: Bool[Tensor, ""]) 
         left: h_k; 0 of a weight without a gradient or an average, which goes as far as it did.
         silent: above 0 of a weight that has rows which the gradient does not touch.
         counts: False of a step that is left out.
+        most: ``MOST`` or ``PLAIN`` of each.
     """
     steps = state.steps.to(left.dtype)
     moved = torch.where(state.rates > 0, state.rates * state.slopes, 0.0)
@@ -51,7 +58,7 @@ def stretched(state: State, left: Each, silent: Each, counts: Bool[Tensor, ""]) 
     wanted = PAST * promise
     total = wanted.abs() + left.abs()
     lag = torch.where(total > 0, (wanted - left) / torch.where(total > 0, total, 1.0), 0.0)
-    further = (state.stretches * (lag / steps.clamp(min=SOON)).exp()).clamp(1.0, MOST)
+    further = torch.minimum((state.stretches * (lag / steps.clamp(min=SOON)).exp()).clamp(min=1.0), most)
     # one that stands still says nothing of its steps
     usable = counts & (left != 0) & (silent == 0) & (state.rates > 0) & lag.isfinite() & (steps >= FIRST)
     return {"stretches": torch.where(usable, further, state.stretches), "foreseen": promise}

@@ -2,6 +2,7 @@
 
 import math
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,18 @@ from modula_agd import (
     MLP,
     CrossEntropy,
     ExactGrowth,
+    Fading,
     InvalidArgument,
     Linear,
     Logits,
+    Loss,
+    Module,
+    ReLU,
     SquareLoss,
     Tanh,
     agd,
 )
-from modula_agd.curvature import LEAST, MEMORY, MOST, UNKNOWN, curvature, looked_back
+from modula_agd.curvature import LEAST, MEMORY, MOST, OUTPUTS, SEEN, UNKNOWN, curvature, looked_back
 from modula_agd.held_out import OUTLIER
 from modula_agd.train import task
 from support import batch, gradients
@@ -133,9 +138,9 @@ def test_weights_of_other_sizes_than_declared_are_found_out(scale: float) -> Non
     assert float(method.measured_curvature(state)) > 1 if scale > 1 else float(method.measured_curvature(state)) < 1
 
 
-def plain(depth: int, steps: int, **options) -> list[float]:
+def plain(depth: int, steps: int, net: Module | None = None, **options: Any) -> list[float]:
     source = task("digits", flat=True)
-    net = MLP(Logits(10), 64, 64, depth)
+    net = MLP(Logits(10), 64, 64, depth) if net is None else net
     method, params = agd(net, CrossEntropy(), **options), net.init(0)
     state, values = method.init(params), []
     gradient = torch.func.grad_and_value(method.objective)
@@ -151,6 +156,41 @@ def test_deep_plain_networks_get_the_steps_that_they_bear() -> None:
     """At twice the minimiser the declared bound lets weights outgrow their sizes: it stands at the tenfold loss, or more."""
     measured, declared = (plain(12, 200, curvature=kind, relaxation=2.0) for kind in ("measured", "declared"))
     assert sum(measured[-20:]) < sum(declared[-20:]) / 4
+
+
+def fading_chain(depth: int) -> Module:
+    """Layers that nothing scales, as anyone would compose them: each ReLU takes a third of the signal."""
+    net: Module = Linear(64, 64)
+    for _ in range(depth - 2):
+        net = Linear(64, 64) @ ReLU() @ net
+    return Linear(Logits(10), 64) @ ReLU() @ net
+
+
+@pytest.mark.parametrize("decay", [0.0, Fading()])
+def test_a_chain_that_declares_scores_near_0_learns(decay: float | Fading) -> None:
+    """Counted as they are declared, eight layers' died within some steps: their loss stayed at log 10 = 2.303."""
+    losses = plain(8, 400, fading_chain(8), decay=decay)
+    assert max(losses) < 3
+    assert sum(losses[-40:]) / 40 < 0.3
+
+
+def test_scores_count_as_one_at_least_where_curvature_is_measured() -> None:
+    net = fading_chain(8)
+    a = float(net.bound().magnitude)
+    assert a == pytest.approx(0.5**3.5)
+
+    def plan(loss: Loss, net: Module = net, **options: Any) -> tuple[float, float]:
+        found = agd(net, loss, **options)._plan(torch.device("cpu"))
+        return float(found.bound.magnitude), found.least
+
+    assert plan(CrossEntropy()) == (OUTPUTS, pytest.approx(SEEN**2))
+    assert plan(CrossEntropy(), magnitude=5.0) == (OUTPUTS, pytest.approx((5 * a) ** 2))
+    assert plan(CrossEntropy(), MLP(Logits(10), 64, 64, 8)) == (pytest.approx(1.0), 1.0)
+    # nothing is known of what other outputs come to, declared curvature is as declared, and tracked sizes follow
+    features = Linear(10, 64) @ ReLU() @ Linear(64, 64) @ ReLU() @ Linear(64, 64)
+    assert plan(SquareLoss(), features) == (pytest.approx(0.5), 1.0)
+    for options in ({"curvature": "declared"}, {"momentum": None}, {"sizes": "tracked"}):
+        assert plan(CrossEntropy(), **options) == (pytest.approx(a), 1.0)
 
 
 def test_a_multiplier_is_expected_to_use_up_as_much_more() -> None:

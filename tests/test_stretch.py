@@ -18,24 +18,35 @@ from modula_agd import (
     Linear,
     Logits,
     Method,
+    Module,
     ReLU,
+    RMSNorm,
     SquareLoss,
     agd,
+    from_torch,
     published,
+    residual,
 )
 from modula_agd.averaging import averaged
+from modula_agd.bond import LinearBond
+from modula_agd.bound import Gain
 from modula_agd.curvature import mean_multiple
 from modula_agd.state import WAYS, State
 from modula_agd.stretch import FIRST, MOST, PAST, SOON, stretched
+from modula_agd.stretch import PLAIN as NEAR
 from support import assert_steps_of_the_pure_form, batch, gaussian, gradients, seeded
 
 NET = Linear(3, 6) @ ReLU() @ Linear(6, 4)
+NORMED = RMSNorm() @ NET
 TRUE = torch.tensor(True)
 PLAIN: dict[str, Any] = {"curvature": "declared", "balance": "declared", "relaxation": 1.0, "step_average": None}
 
 
 def numbers(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+FAR = numbers(MOST, MOST)
 
 
 def before(steps: int, promise: tuple[float, float], stretch: float = 1.0) -> State:
@@ -47,7 +58,7 @@ def before(steps: int, promise: tuple[float, float], stretch: float = 1.0) -> St
 
 def train(method: Method, grads: Any, steps: int, seed: int = 0) -> tuple[list[State], list[float]]:
     """States of a run in the pure form, and −⟨g, w − w̄⟩ of each weight after it with the last gradients."""
-    params: Mapping[str, Tensor] = NET.init(seed, dtype=torch.float64)
+    params: Mapping[str, Tensor] = method.network.init(seed, dtype=torch.float64)
     state, average, found = method.init(params), None, []
     for step in range(steps):
         updates, state = method.update(grads(params, step), state, params, average=average)
@@ -69,7 +80,7 @@ def train(method: Method, grads: Any, steps: int, seed: int = 0) -> tuple[list[S
 def test_a_stretch_moves_by_one_over_the_steps_and_stays_within_its_bounds(
     steps: int, stretch: float, promise: tuple[float, float], left: tuple[float, float]
 ) -> None:
-    found = stretched(before(steps, promise, stretch), numbers(*left), numbers(0, 0), TRUE)["stretches"].tolist()
+    found = stretched(before(steps, promise, stretch), numbers(*left), numbers(0, 0), TRUE, FAR)["stretches"].tolist()
     for x, e, h in zip(found, promise, left, strict=True):
         assert 1 <= x <= MOST
         if steps < FIRST or h == 0:
@@ -82,20 +93,20 @@ def test_a_stretch_moves_by_one_over_the_steps_and_stays_within_its_bounds(
 def test_what_lags_goes_further_and_what_is_past_its_minimiser_goes_back() -> None:
     state, heard = before(100, (1.0, 1.0), 2.0), numbers(0, 0)
     for left, factor in ((-1.0, math.exp(0.01)), (PAST, 1.0), (1.0, math.exp(-0.006))):
-        found = stretched(state, numbers(left, left), heard, TRUE)["stretches"]
+        found = stretched(state, numbers(left, left), heard, TRUE, FAR)["stretches"]
         assert found.tolist() == pytest.approx([2 * factor] * 2)
     back = numbers(-1.0, -1.0)
-    assert stretched(state, back, heard, ~TRUE)["stretches"].tolist() == [2.0, 2.0]
-    assert stretched(state, numbers(math.nan, -math.inf), heard, TRUE)["stretches"].tolist() == [2.0, 2.0]
+    assert stretched(state, back, heard, ~TRUE, FAR)["stretches"].tolist() == [2.0, 2.0]
+    assert stretched(state, numbers(math.nan, -math.inf), heard, TRUE, FAR)["stretches"].tolist() == [2.0, 2.0]
     # one row of the second is not touched, and the first stands still
-    assert stretched(state, back, numbers(0, 1), TRUE)["stretches"].tolist() == [2 * math.exp(0.01), 2.0]
-    assert stretched(state._replace(rates=numbers(0, 1)), back, heard, TRUE)["stretches"][0] == 2.0
+    assert stretched(state, back, numbers(0, 1), TRUE, FAR)["stretches"].tolist() == [2 * math.exp(0.01), 2.0]
+    assert stretched(state._replace(rates=numbers(0, 1)), back, heard, TRUE, FAR)["stretches"][0] == 2.0
 
 
 def test_on_a_slope_that_stays_what_steps_foresaw_is_what_is_left() -> None:
     """A constant gradient: −h_k = e_k, so that every weight goes further, twice as far in a run that is twice as long."""
     constant = {name: gaussian(*weight.shape, seed=7) for name, weight in NET.init(0).items()}
-    method = agd(NET, SquareLoss(), decay=0.0, **PLAIN)
+    method = agd(NORMED, SquareLoss(), decay=0.0, **PLAIN)
     states, left = train(method, lambda *_: constant, 120)
     last = states[-1]
     c = 5 / (120 + 4)
@@ -106,6 +117,35 @@ def test_on_a_slope_that_stays_what_steps_foresaw_is_what_is_left() -> None:
     assert last.stretches.tolist() == pytest.approx([wanted] * 2, rel=1e-9)
     far, _ = train(method, lambda *_: constant, 700)
     assert far[-1].stretches.tolist() == [MOST] * 2
+    near, _ = train(agd(NET, SquareLoss(), **PLAIN), lambda *_: constant, 700)
+    assert near[-1].stretches.tolist() == [NEAR] * 2
+
+
+class Compared(LinearBond):
+    """A rule of a user's own that looks at a magnitude, and so wants numbers."""
+
+    gain = Gain.exact(1.0, "nothing happens", "any")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def propagate(self, x: Any, step: Any, path: str = "") -> Any:
+        return x if x.magnitude >= 0 else None
+
+
+def test_weights_go_far_where_the_declared_output_does_not_grow_with_them() -> None:
+    def reaches(net: Module, **options: Any) -> list[float]:
+        method = agd(net, SquareLoss(), **options)
+        return method._plan(torch.device("cpu")).reaches.tolist()
+
+    assert reaches(NET) == [NEAR] * 2
+    assert reaches(NORMED) == [MOST] * 2
+    assert reaches(Linear(4, 3) @ NORMED) == [MOST, MOST, NEAR]
+    assert reaches(Linear(5, 4) @ RMSNorm() @ residual(Linear(4, 4) @ ReLU() @ Linear(4, 4), 2)) == [*[MOST] * 4, NEAR]
+    assert reaches(NORMED, stretch="declared") == []
+    assert reaches(RMSNorm() @ Linear(4, 6) @ Compared() @ Linear(6, 3)) == [MOST] * 2
+    captured = from_torch(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8)), gaussian(16, 4).float())
+    assert set(reaches(captured)) == {NEAR}
 
 
 def test_steps_are_stretched_and_nothing_else_is() -> None:
@@ -237,8 +277,7 @@ def test_rows_that_are_seldom_touched_are_not_stretched() -> None:
             updates, state = method.update({name: constant * touched[:, None]}, state, params, average=average)
             params = {name: params[name] + updates[name]}
             average = averaged(average, params, step + 1)
-        assert (state.stretches.item() > 2) == grows
-        assert state.stretches.item() == 1 or grows
+        assert state.stretches.item() == (NEAR if grows else 1)
 
 
 def test_an_average_that_starts_anew_has_no_way_behind_it() -> None:

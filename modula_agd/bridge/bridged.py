@@ -13,11 +13,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from modula_agd.bound import Bound
 from modula_agd.bridge.capture import Captured, arguments, capture, chosen, in_mode
 from modula_agd.bridge.declare import rule_of
-from modula_agd.bridge.flow import LEAST, SEEN, Flow, propagate
+from modula_agd.bridge.flow import Flow, propagate
 from modula_agd.bridge.leaf import Leaf, leaves
 from modula_agd.bridge.operators import UNMOVED
 from modula_agd.bridge.scores import score_nodes
 from modula_agd.bridge.weights import Weight, declared, uses
+from modula_agd.curvature import slack
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.network import Network
 from modula_agd.run import EVALUATION, Parameters, Run, Step, Weighted
@@ -78,7 +79,7 @@ class Bridged(Network):
             return 1.0
         seen = self.graph.peaks.get(self.graph.output, 0.0)
         size = seen[0] if isinstance(seen, tuple) else seen
-        return (max(size, SEEN) / max(size, LEAST)) ** 2
+        return slack(size)
 
     @cached_property
     def _leaves(self) -> dict[str, Leaf]:

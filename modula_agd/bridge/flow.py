@@ -19,18 +19,13 @@ from modula_agd.bridge.capture import Captured
 from modula_agd.bridge.graph import Node, Ref, roots
 from modula_agd.bridge.leaf import Leaf
 from modula_agd.bridge.weights import Weight
+from modula_agd.curvature import OUTPUTS
 from modula_agd.error import UnknownBound
 from modula_agd.run import Step
 
 ASSUMPTION = "activations as large as on the example; a perturbation passes as its activation does (mean field)"
 MOST = 16.0
 """Largest κ: an activation counts for at least 1/16 of what its weight could make of the input, even where it starts at 0."""
-LEAST = 1.0
-"""Least magnitude that outputs count with, what the library's own networks declare: near 0, where many models start, a step that only
-doubled them would look harmless."""
-SEEN = 0.3
-"""Least magnitude that measured curvature may let scores of classes count with, where the example's are below ``LEAST``. Assumed, as is
-that: chosen by training losses of small models."""
 TINY = 1e-30
 
 
@@ -220,7 +215,7 @@ def propagate(flow: Flow, rule_of: Callable[[Node], Rule], unmoved: frozenset[st
         end = end[0]
     if not isinstance(end, Bound):
         raise UnknownBound("no parameter that requires a gradient reaches the output; there is nothing to train")
-    return replace(end, magnitude=larger(end.magnitude, LEAST)).assuming(ASSUMPTION, Grade.ASSUMED)
+    return replace(end, magnitude=larger(end.magnitude, OUTPUTS)).assuming(ASSUMPTION, Grade.ASSUMED)
 
 
 def _written(known: dict[str, Any], node: Node, result: Bound, memory: Mapping[str, str], flow: Flow) -> None:
