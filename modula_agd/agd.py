@@ -68,8 +68,9 @@ def agd(
         precision: in which polar factors are iterated: "half" is bfloat16, whatever the weights; "full" float32, or float64 of
             such weights, and nothing that is kept is shorter. "auto" iterates in bfloat16 on CUDA, but for float64, and in float32
             elsewhere; directions are made of past gradients in bfloat16 then.
-        curvature: of the loss bound: "measured", as past steps found it (``curvature.py``), which keeps each weight's last direction
-            (one more buffer of half its size), or "declared". "auto" is measured where there is momentum.
+        curvature: of the loss bound: "measured", as past steps found it (``curvature.py``), where scores of classes count with a
+            magnitude of at least 1, and which keeps each weight's last direction (one more buffer of half its size), or "declared".
+            "auto" is measured where there is momentum.
         balance: of the weights' steps: "measured", by how much of its slope each was seen to use up (``balance.py``), or "declared", equal
             relative steps times masses. "auto" is measured where curvature is, but for tracked sizes and a closed form, whose growth
             portions would change.
@@ -78,9 +79,9 @@ def agd(
         rows: of embeddings, positions and matrices into logits: "measured", each row goes by the share of signal in its past gradients,
             and rows into logits sqrt(i) times as far as a unit step (``row_signal.py``), or "declared", all at full length. "auto" is
             measured where there is momentum, but for a captured model, whose bound has the alignment of its example.
-        stretch: "measured", weights whose way from the averaged weights still leads downhill go up to 8 times as far (``stretch.py``),
-            where ``update`` is given averaged weights, as ``AGD`` and the command line do; or "declared", none does. "auto" is measured
-            where there is momentum.
+        stretch: "measured", weights whose way from the averaged weights still leads downhill go up to 8 times as far, and up to twice
+            where outputs grow with them (``stretch.py``), where ``update`` is given averaged weights, as ``AGD`` and the command line do;
+            or "declared", none does. "auto" is measured where there is momentum.
 
     Raises:
         InvalidArgument: an option is unknown, or contradicts the search.
