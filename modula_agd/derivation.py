@@ -29,6 +29,9 @@ from modula_agd.space import Space, brief
 from modula_agd.state import Scalar, State
 from modula_agd.stretch import MOST, PLAIN
 
+SAME = 1.001
+"""Magnitudes within this factor are the same, but for rounding."""
+
 
 class Plan(NamedTuple):
     """What never changes between steps on one device: kept there, so that no step uploads anything.
@@ -220,16 +223,18 @@ class Derivation:
         return dict(zip(self.atoms, depths.tolist(), strict=True))
 
     def _reaches(self) -> Tensor:
-        """The most that each parameter is stretched: more where outputs are declared not to grow with it (``stretch.py``)."""
+        """The most that each parameter is stretched: less where outputs grow with it and others at once (``stretch.py``)."""
         if self.network.captured:
             return torch.full((len(self.atoms),), PLAIN, dtype=torch.float64)
-        options: dict[str, Any] = {"magnitude": self.magnitude, "constants": self.constants}
         declared = torch.tensor([atom.size for atom in self.atoms.values()], dtype=torch.float64)
+
+        def outputs(sizes: Mapping[str, Any]) -> Number:
+            return self.network.bound(0.0, magnitude=self.magnitude, constants=self.constants, sizes=sizes).magnitude
+
+        once, twice = (float(outputs(dict(zip(self.atoms, x.tolist(), strict=True)))) for x in (declared, 2 * declared))
         # each network has one parameter of twice its size
-        sizes = declared * (1 + torch.eye(len(declared), dtype=torch.float64))
-        magnitudes = self._of_each(sizes, lambda sizes: self.network.bound(0.0, sizes=sizes, **options).magnitude)
-        grows = magnitudes > 1.001 * float(self.network.bound(0.0, **options).magnitude)
-        return torch.where(grows, PLAIN, MOST).to(torch.float64)
+        grow = self._of_each(declared * (1 + torch.eye(len(declared), dtype=torch.float64)), outputs) > SAME * once
+        return torch.where(grow & (twice > 2 * SAME * once), PLAIN, MOST).to(torch.float64)
 
     def _of_each(
         self, rows: Float[Tensor, "networks parameters"], fact: Callable[[Mapping[str, Any]], Number]

@@ -15,9 +15,9 @@ weight that is not past the minimiser by a quarter goes further, in a run that i
 No weight goes less far than its portion of t: past the minimiser h_k/e_k hardly tells steps that are too long from such as serve
 (docs/trials.md). Nor does it where weights swing about a minimiser, as each swing is a slope that a step foresees and that h has not. So
 the most is ``MOST`` where outputs are declared not to grow with the weight, as something behind it normalises: the noise that long
-steps add to it makes the next ones relatively shorter. Where outputs do grow with it, noise in one layer lengthens the steps of all
-others, and in plain networks of eight layers and more stretches, steps and weights drove each other up: there, and in captured models,
-of which it is not known, the most is ``PLAIN``.
+steps add to it makes the next ones relatively shorter. Where outputs grow with it and others at once, noise in one layer lengthens the
+steps of all others, and in plain networks of eight layers and more stretches, steps and weights drove each other up: there (twice the
+sizes of all weights are more than twice the outputs), and in captured models, of which it is not known, the most is ``PLAIN``.
 
 A weight some rows of which the gradient does not touch keeps its x_k: such rows move by the very gradients that
 measure them, and others see less of the way. Neither the descent nor the growth counts what a weight goes further, so that t is chosen as
@@ -37,7 +37,7 @@ from modula_agd.state import Each, State
 PAST = 1 / 4
 """How far past the minimiser along its way, in units of the way there, a weight is that goes no further."""
 MOST, PLAIN = 8.0, 2.0
-"""The most that a weight goes further, where outputs do not grow with it and where they do."""
+"""The most that a weight goes further, and the most where outputs grow with it and others at once."""
 FIRST, SOON = 20, 50
 """Steps before which nothing is stretched, as directions are made of too few gradients; and up to which n counts as that many."""
 
