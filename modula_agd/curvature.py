@@ -89,8 +89,8 @@ def looked_back(state: State, left: Tensor, reach: Tensor, *, doubtful: bool = F
         state: before the update, with the last step's ``descents``.
         left: ⟨g_{t+1}, u_t⟩ of each parameter, 0 where there is no gradient or was no direction.
         reach: p_k·m_k·ω_k of each parameter at the last step.
-        doubtful: whether the bound may be far off (``Network.captured``). The first steps' means are then plain ones, so that a few
-            steps outweigh it, and not twenty.
+        doubtful: whether the bound may be far off, as a captured model's is or one whose scores count for more than is declared. The first
+            steps' means are then plain ones, so that a few steps outweigh it, and not twenty.
     """
     fall = (reach * (state.descents - left)).sum()
     comparable = ((state.descents != 0) == (left != 0)).all() & fall.isfinite() & (state.due > 0)

@@ -4,10 +4,10 @@ search tries, the majorant, and the certificate that says what all of it rests o
 Nothing here changes between steps but, where sizes are tracked, the bound.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -25,12 +25,10 @@ from modula_agd.majorisation import Evidence, Majorant, Search
 from modula_agd.network import Network
 from modula_agd.norm import Norm, RowNorm
 from modula_agd.run import Constants, Role, Weighted
+from modula_agd.sensitivity import compounding, depths
 from modula_agd.space import Space, brief
 from modula_agd.state import Scalar, State
 from modula_agd.stretch import MOST, PLAIN
-
-SAME = 1.001
-"""Magnitudes within this factor are the same, but for rounding."""
 
 
 class Plan(NamedTuple):
@@ -216,35 +214,15 @@ class Derivation:
         return bound
 
     def _depths(self, sizes: Mapping[str, Number]) -> dict[str, float]:
-        options: dict[str, Any] = {"magnitude": self.magnitude, "constants": self.constants, "sizes": sizes}
-        # each network has the mass of one parameter alone
-        masses = torch.diag(torch.tensor(list(self.masses.values()), dtype=torch.float64))
-        depths = self._of_each(masses, lambda masses: self.network.massed(masses).bound(0.0, **options).depth)
-        return dict(zip(self.atoms, depths.tolist(), strict=True))
+        return depths(self.network, self.masses, magnitude=self.magnitude, constants=self.constants, sizes=sizes)
 
-    def _reaches(self) -> Tensor:
-        """The most that each parameter is stretched: less where outputs grow with it and others at once (``stretch.py``)."""
+    def _reaches(self) -> list[float]:
+        """The most that each parameter is stretched."""
         if self.network.captured:
-            return torch.full((len(self.atoms),), PLAIN, dtype=torch.float64)
-        declared = torch.tensor([atom.size for atom in self.atoms.values()], dtype=torch.float64)
-
-        def outputs(sizes: Mapping[str, Any]) -> Number:
-            return self.network.bound(0.0, magnitude=self.magnitude, constants=self.constants, sizes=sizes).magnitude
-
-        once, twice = (float(outputs(dict(zip(self.atoms, x.tolist(), strict=True)))) for x in (declared, 2 * declared))
-        # each network has one parameter of twice its size
-        grow = self._of_each(declared * (1 + torch.eye(len(declared), dtype=torch.float64)), outputs) > SAME * once
-        return torch.where(grow & (twice > 2 * SAME * once), PLAIN, MOST).to(torch.float64)
-
-    def _of_each(
-        self, rows: Float[Tensor, "networks parameters"], fact: Callable[[Mapping[str, Any]], Number]
-    ) -> Tensor:
-        """A fact of as many networks at once as there are parameters, row k with the numbers of the k-th, [networks]."""
-        try:
-            return torch.as_tensor(fact(dict(zip(self.atoms, rows.unbind(1), strict=True)))).expand(len(rows))
-        except (RuntimeError, TypeError, ValueError):
-            # a user's rule may want numbers, for max() or an if
-            return torch.tensor([float(fact(dict(zip(self.atoms, row, strict=True)))) for row in rows.tolist()])
+            return [PLAIN] * len(self.atoms)
+        sizes = {name: atom.size for name, atom in self.atoms.items()}
+        plain = compounding(self.network, sizes, magnitude=self.magnitude, constants=self.constants)
+        return [PLAIN if x else MOST for x in plain.tolist()]
 
     def spared(self, name: str) -> Role | None:
         """The kind of a parameter that the decay leaves alone; None of one that decays, and without decay."""
@@ -272,7 +250,7 @@ class Derivation:
             strides = masses.new_tensor(list(self.strides.values()))
             fades = masses.new_tensor([self._fades(name) for name in self.atoms])
             least = self.network.curvature_slack if self.scores is None else slack(self.scores)
-            reaches = masses.new_tensor(self._reaches().tolist() if self.stretch == "measured" else [])
+            reaches = masses.new_tensor(self._reaches() if self.stretch == "measured" else [])
             evaluated = self._evaluate({}, self.magnitude, device)
             facts = (sizes, masses, periods, depths, strides, fades, least, reaches)
             self._plans[device] = Plan(*evaluated, *facts)

@@ -154,11 +154,12 @@ class Directed(Derivation):
         one, zero = torch.ones_like(state.t), torch.zeros_like(state.t)
         left = {n: Direction(u, one).pair(gradients[n]) for n, u in state.directions.items() if n in gradients}
         pairs = exchange.total(torch.stack([left.get(name, zero) for name in self.atoms]))
-        reach = state.sizes * self._plan(state.t.device).masses
+        plan = self._plan(state.t.device)
+        reach = state.sizes * plan.masses
         fallen = {}
         if self.curvature == "measured":
-            fallen = looked_back(state, pairs, reach * state.portions, doubtful=self.network.captured)
-        further = self._plan(state.t.device).strides * state.stretches
+            fallen = looked_back(state, pairs, reach * state.portions, doubtful=self.network.captured or plan.least < 1)
+        further = plan.strides * state.stretches
         used = weighed(state, pairs, reach, further) if self.balance == "measured" else {}
         return state._replace(**fallen, **used), left
 

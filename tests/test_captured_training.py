@@ -14,6 +14,7 @@ from modula_agd import (
     InvalidArgument,
     Linear,
     Logits,
+    RMSNorm,
     SpaceMismatch,
     Tanh,
     agd,
@@ -189,7 +190,7 @@ def test_a_compiled_update_of_a_captured_model_is_the_same() -> None:
 def test_measured_curvature_outweighs_the_bound_of_an_example_within_a_few_steps() -> None:
     """And not that of a declared one: what the first step expected is all that is known before it."""
     kept = []
-    for network in (from_torch(small(), torch.randn(16, 8)), Linear(Logits(3), 16) @ Tanh() @ Linear(16, 8)):
+    for network in (from_torch(small(), torch.randn(16, 8)), Linear(Logits(3), 16) @ RMSNorm() @ Linear(16, 8)):
         method = agd(network, CrossEntropy())
         params = network.parameters() if isinstance(network, Bridged) else network.init(0)
         grads = {name: torch.ones_like(value) for name, value in params.items()}
