@@ -145,16 +145,13 @@ class Derivation:
         return (1 - past) / (1 + past)
 
     @property
-    def scores(self) -> float | None:
-        """The magnitude that the network declares of scores of classes, which count as ``OUTPUTS`` at least where curvature is measured.
+    def _lifts(self) -> bool:
+        """Whether scores of classes count as ``OUTPUTS`` at least: where curvature is measured, and the bound is a declared one.
 
-        None where curvature is declared, where sizes are tracked, so that the bound follows what scores come to, of other outputs, and
-        of a captured model, which sees to its own.
+        Of tracked sizes it follows what scores come to, a captured model sees to its own, and of other outputs nothing is known.
         """
-        declared = self.curvature == "declared" or self.sizes == "tracked"
-        if declared or self.network.captured or not self.loss.max_norm:
-            return None
-        return float(self.network.bound(0.0, magnitude=self.magnitude, constants=self.constants).magnitude)
+        declared = self.sizes == "prescribed" and not self.network.captured
+        return self.curvature == "measured" and declared and self.loss.max_norm
 
     @property
     def needs_evidence(self) -> bool:
@@ -249,20 +246,19 @@ class Derivation:
             depths = masses.new_tensor(list(self._depths({}).values()) if self.balance == "measured" else [])
             strides = masses.new_tensor(list(self.strides.values()))
             fades = masses.new_tensor([self._fades(name) for name in self.atoms])
-            least = self.network.curvature_slack if self.scores is None else slack(self.scores)
             reaches = masses.new_tensor(self._reaches() if self.stretch == "measured" else [])
-            evaluated = self._evaluate({}, self.magnitude, device)
-            facts = (sizes, masses, periods, depths, strides, fades, least, reaches)
-            self._plans[device] = Plan(*evaluated, *facts)
+            points, bound = self._evaluate({}, self.magnitude, device)
+            least = self.network.curvature_slack
+            if self._lifts:
+                least = slack(float(bound.magnitude))
+                bound = replace(bound, magnitude=larger(bound.magnitude, OUTPUTS))
+            self._plans[device] = Plan(points, bound, sizes, masses, periods, depths, strides, fades, least, reaches)
         return self._plans[device]
 
     def _evaluate(self, sizes: Mapping[str, Number], magnitude: Number, device: torch.device) -> tuple[Tensor, Bound]:
         options = {"magnitude": magnitude, "constants": self.constants, "sizes": sizes}
         points = self.search.points(self.network.bound(0.0, **options), device)
-        bound = self.network.bound(points, **options)
-        if self.scores is not None:
-            bound = replace(bound, magnitude=larger(bound.magnitude, OUTPUTS))
-        return points, bound
+        return points, self.network.bound(points, **options)
 
     def _majorant(self, descent: Scalar, sizes: Tensor, device: torch.device, evidence: Evidence | None) -> Majorant:
         if self.sizes == "prescribed":

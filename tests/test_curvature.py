@@ -158,8 +158,8 @@ def test_deep_plain_networks_get_the_steps_that_they_bear() -> None:
     assert sum(measured[-20:]) < sum(declared[-20:]) / 4
 
 
-def fading_chain(depth: int) -> Module:
-    """Layers that nothing scales, as anyone would compose them: each ReLU takes a third of the signal."""
+def unscaled(depth: int) -> Module:
+    """Layers that nothing scales, as anyone would compose them: each ReLU takes three tenths of the signal."""
     net: Module = Linear(64, 64)
     for _ in range(depth - 2):
         net = Linear(64, 64) @ ReLU() @ net
@@ -169,13 +169,13 @@ def fading_chain(depth: int) -> Module:
 @pytest.mark.parametrize("decay", [0.0, Fading()])
 def test_a_chain_that_declares_scores_near_0_learns(decay: float | Fading) -> None:
     """Counted as they are declared, eight layers' died within some steps: their loss stayed at log 10 = 2.303."""
-    losses = plain(8, 400, fading_chain(8), decay=decay)
+    losses = plain(8, 400, unscaled(8), decay=decay)
     assert max(losses) < 3
     assert sum(losses[-40:]) / 40 < 0.3
 
 
 def test_scores_count_as_one_at_least_where_curvature_is_measured() -> None:
-    net = fading_chain(8)
+    net = unscaled(8)
     a = float(net.bound().magnitude)
     assert a == pytest.approx(0.5**3.5)
 
