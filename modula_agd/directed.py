@@ -13,11 +13,12 @@ from modula_agd.decay import lost
 from modula_agd.derivation import Derivation
 from modula_agd.directions import due
 from modula_agd.exchange import Exchange
-from modula_agd.held_out import begun, lead, renewed, short_dtype
+from modula_agd.held_out import begun, lead, renewed, short_dtype, steadiness
 from modula_agd.norm import Direction
 from modula_agd.polar import working_dtype
 from modula_agd.row_signal import Rows, in_momentum, in_powers, signal
 from modula_agd.state import Each, Scalar, State
+from modula_agd.stretch import spent
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,9 @@ class Directed(Derivation):
             fallen = looked_back(state, pairs, reach * state.portions, doubtful=self.network.captured or plan.least < 1)
         further = plan.strides * state.stretches
         used = weighed(state, pairs, reach, further) if self.balance == "measured" else {}
+        if self.stretch == "measured":
+            steady = steadiness(state.smoothed, state.scale, state.weight)
+            used["slopes"] = spent(state, pairs, reach * further, steady)
         return state._replace(**fallen, **used), left
 
     def _ways(

@@ -5,10 +5,15 @@ narrow valley with every step, and creeps along it, seems well measured. What it
 w̄ (``averaging.py``) lie about n/6 steps behind the live ones. Along the way d_k = w_k − w̄_k from there to here
 
     d_k ← (1 − c_n)·(d_k + Δw_k)        h_k = ⟨g_{n+1}, d_k⟩, the slope that is left at its end
-    e_k ← (1 − c_n)·(e_k − ⟨g_n, Δw_k⟩), what the slopes that each step measured foresaw
+    e_k ← (1 − c_n)·(e_k + f_k)         f_k = −⟨g_n, Δw_k⟩ − q³·⟨g_{n+1} − g_n, Δw_k⟩/2
 
-Of a quadratic h_k rises along the way from −e_k through 0, at the minimiser, to e_k, where live weights are no better than averages. A
-weight that is not past the minimiser by a quarter goes further, in a run that is twice as long at most twice as far:
+e_k is what the steps of that way foresaw that it brings. A step that ends beyond its minimiser brings less than its slope says, by half of
+what it uses up (the trapezoid rule), which the next gradient measures where directions are kept. It counts as far as descents are steady
+(q, ``held_out.py``): in a noisy run steps go beyond their minimisers on purpose, and averages gain by it. Where batches are large and q is
+near 1, stretches that slopes alone answered for made steps of several minimisers, and a transformer of 10 million weights whose weights
+faded lost what it had learnt.
+Of a quadratic h_k rises along the way from −e_k through 0, at the minimiser, to e_k/4 a ninth beyond it and e_k a third. A weight that
+is not past e_k/4 goes further, in a run that is twice as long at most twice as far:
 
     x_k ← x_k·exp(b_k/n),       b_k = (e_k/4 − h_k)/(|e_k|/4 + |h_k|),       1 ≤ x_k ≤ 8 or 2
 
@@ -32,14 +37,31 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from modula_agd.averaging import newest
-from modula_agd.state import Each, State
+from modula_agd.state import Each, Scalar, State
 
 PAST = 1 / 4
-"""How far past the minimiser along its way, in units of the way there, a weight is that goes no further."""
+"""h_k/e_k of a weight that goes no further."""
 MOST, PLAIN = 8.0, 2.0
 """The most that a weight goes further, and the most where outputs grow with it and others at once."""
+STEADY = 3
+"""Power of q with which what a step used up counts, chosen by training losses (docs/trials.md)."""
 FIRST, SOON = 20, 50
 """Steps before which nothing is stretched, as directions are made of too few gradients; and up to which n counts as that many."""
+
+
+def spent(state: State, left: Each, reach: Each, steady: Scalar) -> Each:
+    """The state's ``slopes`` less what the last step used up of them, as far as descents are steady.
+
+    Args:
+        state: before the update, with the last step's ``descents``.
+        left: ⟨g_{n+1}, u_n⟩ of each parameter, 0 where there is no gradient or was no direction.
+        reach: m_k·ω_k of each parameter, times what it goes further than its portion.
+        steady: q of the last step.
+    """
+    moves = state.t * state.portions * reach
+    fall = moves * (state.descents - left) * steady**STEADY / 2
+    seen = (state.descents != 0) & (left != 0) & (state.slopes != 0) & fall.isfinite()
+    return torch.where(seen, state.slopes - fall, state.slopes)
 
 
 def stretched(state: State, left: Each, silent: Each, counts: Bool[Tensor, ""], most: Each) -> dict[str, Any]:

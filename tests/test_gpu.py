@@ -21,6 +21,7 @@ def _problem(device: torch.device):
     return MLP(10, 32, 20, depth=3, bias=True), inputs.to(device), labels.to(device)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("direction", ["spectral", "frobenius"])
 @pytest.mark.parametrize("search", [ExactGrowth(), ClosedForm()], ids=repr)
 @pytest.mark.parametrize("sizes", ["prescribed", "tracked"])

@@ -33,7 +33,7 @@ from modula_agd.bond import LinearBond
 from modula_agd.bound import Gain
 from modula_agd.curvature import mean_multiple
 from modula_agd.state import WAYS, State
-from modula_agd.stretch import FIRST, MOST, PAST, SOON, stretched
+from modula_agd.stretch import FIRST, MOST, PAST, SOON, STEADY, spent, stretched
 from modula_agd.stretch import PLAIN as NEAR
 from support import assert_steps_of_the_pure_form, batch, gaussian, gradients, seeded
 
@@ -181,6 +181,50 @@ def test_weights_that_swing_about_a_minimum_are_not_stretched() -> None:
 
     states, _ = train(agd(NET, SquareLoss(), **PLAIN), noisy, 400)
     assert states[-1].stretches.max() < 1.5
+
+
+def valley(params: Mapping[str, Tensor], _step: int) -> dict[str, Tensor]:
+    """Gradients of a quadratic of each weight alone, without noise, a hundred times as curved along its last entry as along its first."""
+    return {
+        name: torch.logspace(0, 2, weight.numel(), dtype=weight.dtype).reshape(weight.shape) * (weight - 1)
+        for name, weight in params.items()
+    }
+
+
+def test_what_a_step_brought_is_the_fall_of_a_quadratic() -> None:
+    method = agd(NORMED, SquareLoss(), refresh=1)
+    params: Mapping[str, Tensor] = NORMED.init(0, dtype=torch.float64)
+    state = method.init(params)
+    for step in range(30):
+        before, grads = params, valley(params, step)
+        updates, state = method.update(grads, state, params)
+        params = {name: weight + updates[name] for name, weight in params.items()}
+    after = valley(params, 30)
+    left = torch.stack([(after[name] * u).sum() for name, u in state.directions.items()])
+    brought = [0.5 * float(((before[n] - 1) * grads[n] - (params[n] - 1) * after[n]).sum()) for n in params]
+    reach = state.sizes * numbers(*method.masses.values()) * state.stretches
+    one = torch.ones((), dtype=torch.float64)
+    assert spent(state, left, reach, one).tolist() == pytest.approx(brought, rel=1e-9)
+    # noise leaves a slope as it was foreseen
+    assert torch.equal(spent(state, left, reach, 0 * one), state.slopes)
+    half = state.slopes - spent(state, left, reach, one / 2)
+    torch.testing.assert_close(half * 2**STEADY, state.slopes - spent(state, left, reach, one))
+    # nothing is known of a weight without a gradient, nor of one that did not move
+    assert torch.equal(spent(state, 0 * left, reach, one), state.slopes)
+    assert torch.equal(spent(state._replace(descents=0 * left), left, reach, one), state.slopes)
+    still = state._replace(slopes=0 * left)
+    assert torch.equal(spent(still, left, reach, one), still.slopes)
+
+
+def test_what_steady_steps_use_up_is_no_reason_to_go_further(monkeypatch) -> None:
+    """They cross a valley and come back: by slopes alone each seems to have brought much, and weights are stretched ever further."""
+
+    def stretch() -> float:
+        return float(train(agd(NORMED, SquareLoss()), valley, 400)[0][-1].stretches.max())
+
+    assert stretch() < 1.1
+    monkeypatch.setattr("modula_agd.directed.spent", lambda state, *_: state.slopes)
+    assert stretch() > 1.6
 
 
 def test_the_optimizer_stretches_as_the_pure_form_does() -> None:
