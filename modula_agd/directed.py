@@ -149,7 +149,7 @@ class Directed(Derivation):
     def _looked_back(
         self, gradients: Mapping[str, Tensor], state: State, exchange: Exchange
     ) -> tuple[State, dict[str, Scalar]]:
-        """The state with the curvature along the last step counted in, and ⟨g, u⟩ of each gradient with the direction of that step."""
+        """The state with what the last step used up counted in, and ⟨g, u⟩ of each gradient with the direction of that step."""
         if not self.measures or not state.directions:
             return state, {}
         one, zero = torch.ones_like(state.t), torch.zeros_like(state.t)
