@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from modula_agd.many import is_finite
 from modula_agd.state import Each, State
 
 MEMORY = 0.98
@@ -61,7 +62,7 @@ def weighed(state: State, left: Each, reach: Each, further: Each) -> dict[str, A
     moved = state.rates > 0
     # a slope is used up per unit step: what a longer one uses up more is not the weight's doing
     fall = reach * (state.descents - left) / torch.where(moved, state.rates * further, 1.0)
-    seen = moved & (state.descents != 0) & (left != 0) & (state.due > 0) & fall.isfinite()
+    seen = moved & (state.descents != 0) & (left != 0) & (state.due > 0) & is_finite(fall)
     share = (1 - MEMORY) * seen.to(fall.dtype)
     return {
         "gained": state.gained.lerp(torch.where(seen, reach * state.descents, 0.0), share),

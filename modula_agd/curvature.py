@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modula_agd.many import is_finite
 from modula_agd.state import Each, Scalar, State
 
 MEMORY = 0.95
@@ -75,7 +76,7 @@ def mean_multiple(multiples: Each, gains: Each) -> Scalar:
     """
     weights = gains.clamp(min=0.0)
     total = weights.sum()
-    known = (total > 0) & total.isfinite()
+    known = (total > 0) & is_finite(total)
     return torch.where(known, (weights * multiples).sum() / torch.where(known, total, 1.0), 1.0)
 
 
@@ -93,7 +94,7 @@ def looked_back(state: State, left: Tensor, reach: Tensor, *, doubtful: bool = F
             steps' means are then plain ones, so that a few steps outweigh it, and not twenty.
     """
     fall = (reach * (state.descents - left)).sum()
-    comparable = ((state.descents != 0) == (left != 0)).all() & fall.isfinite() & (state.due > 0)
+    comparable = ((state.descents != 0) == (left != 0)).all() & is_finite(fall) & (state.due > 0)
     share = (1 - MEMORY) * comparable.to(fall.dtype)
     if doubtful:
         share = torch.maximum(share, comparable / (state.steps - state.skipped + 1).to(fall.dtype))

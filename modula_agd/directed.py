@@ -11,9 +11,10 @@ from modula_agd.balance import weighed
 from modula_agd.curvature import looked_back
 from modula_agd.decay import lost
 from modula_agd.derivation import Derivation
-from modula_agd.directions import due
+from modula_agd.directions import dense, dots, due, pairs
 from modula_agd.exchange import Exchange
 from modula_agd.held_out import begun, lead, renewed, short_dtype, steadiness
+from modula_agd.many import cast
 from modula_agd.norm import Direction
 from modula_agd.polar import working_dtype
 from modula_agd.row_signal import Rows, in_momentum, in_powers, signal
@@ -83,7 +84,7 @@ class Directed(Derivation):
         # one that was kept to measure along it is too rough to step along
         old = {name for name in old if state.directions[name].dtype == working_dtype(gradients[name].dtype)}
         sources = {name: state.lead.get(name, gradients[name]) for name in gradients if name not in old}
-        sources = {name: source.to(working_dtype(gradients[name].dtype)) for name, source in sources.items()}
+        sources = cast(sources, {name: working_dtype(gradients[name].dtype) for name in sources})
         if self.skips:
             known = {name: source for name, source in sources.items() if name in state.lead}
             started = exchange.nonzero(known)
@@ -93,15 +94,14 @@ class Directed(Derivation):
         for name, place in self.row_places.items():
             if name in fresh and name in state.momentum:
                 base, factor = fresh[name]
-                fresh[name] = Direction(
-                    base, factor * exchange.held_rows(name, shares[place]).to(factor.dtype)[:, None]
-                )
-        kept = {n: u.dense().to(self.kept_dtype(u.base.dtype, periods[n])) for n, u in fresh.items() if n in held}
+                held_rows = exchange.held_rows(name, shares[place]).to(base.dtype)[:, None]
+                fresh[name] = Direction(base, factor * held_rows)
+        dtypes = {n: self.kept_dtype(u.base.dtype, periods[n]) for n, u in fresh.items() if n in held}
+        kept = dense({n: fresh[n] for n in dtypes}, dtypes)
         kept |= {name: state.directions[name] for name in old}
         # what is kept for a parameter without a gradient this time stays
         kept = {name: value for name, value in state.directions.items() if name not in kept} | kept
-        one = torch.ones((), device=device)
-        found = {name: Direction(kept[name], one.to(kept[name])) if name in old else fresh[name] for name in gradients}
+        found = {name: Direction(kept[name]) if name in old else fresh[name] for name in gradients}
         if self.momentum is not None:
             found = exchange.seen(found, gradients)
         return found, kept
@@ -152,19 +152,20 @@ class Directed(Derivation):
         """The state with what the last step used up counted in, and ⟨g, u⟩ of each gradient with the direction of that step."""
         if not self.measures or not state.directions:
             return state, {}
-        one, zero = torch.ones_like(state.t), torch.zeros_like(state.t)
-        left = {n: Direction(u, one).pair(gradients[n]) for n, u in state.directions.items() if n in gradients}
-        pairs = exchange.total(torch.stack([left.get(name, zero) for name in self.atoms]))
+        left = pairs({name: Direction(u) for name, u in state.directions.items()}, gradients)
+        slopes = exchange.total(self._each(left, torch.zeros_like(state.t)))
         plan = self._plan(state.t.device)
         reach = state.sizes * plan.masses
         fallen = {}
         if self.curvature == "measured":
-            fallen = looked_back(state, pairs, reach * state.portions, doubtful=self.network.captured or plan.least < 1)
+            fallen = looked_back(
+                state, slopes, reach * state.portions, doubtful=self.network.captured or plan.least < 1
+            )
         further = plan.strides * state.stretches
-        used = weighed(state, pairs, reach, further) if self.balance == "measured" else {}
+        used = weighed(state, slopes, reach, further) if self.balance == "measured" else {}
         if self.stretch == "measured":
             steady = steadiness(state.smoothed, state.scale, state.weight)
-            used["slopes"] = spent(state, pairs, reach * further, steady)
+            used["slopes"] = spent(state, slopes, reach * further, steady)
         return state._replace(**fallen, **used), left
 
     def _ways(
@@ -177,16 +178,17 @@ class Directed(Derivation):
     ) -> tuple[Each, Each]:
         """⟨g_k, w_k − w̄_k⟩ of each parameter, 0 of one without a gradient or an average; and how many of its rows do not move."""
         none = zero.expand(len(self.atoms))
-        known = gradients.keys() & average.keys() if self.stretch == "measured" else set()
+        known = {name: x for name, x in gradients.items() if name in average and self.stretch == "measured"}
         if not known:
             return none, none
-        one, ways, silent = torch.ones_like(zero), list(none), list(none)
-        for index, name in enumerate(self.atoms):
-            if name in known:
-                ways[index] = Direction(params[name].detach() - average[name].detach(), one).pair(gradients[name])
-                if directions[name].factor.ndim:
-                    silent[index] = directions[name].silent()
-        return torch.stack(ways), torch.stack(silent)
+        # one way at a time, each as large as its weight
+        ways = dots(known, lambda name: params[name].detach() - average[name].detach())
+        silent = {name: directions[name].silent() for name in known if directions[name].by_rows}
+        return self._each(ways, zero), self._each(silent, zero)
+
+    def _each(self, numbers: Mapping[str, Scalar], otherwise: Scalar) -> Each:
+        """Numbers of some parameters as one vector of all, in the network's order."""
+        return torch.stack([numbers.get(name, otherwise) for name in self.atoms])
 
     def gains(self, state: State) -> Each:
         """p_k·m_k·ω_k·⟨g_k, u_k⟩ of each parameter: what it gave to the descent of the last step."""
@@ -218,11 +220,3 @@ class Directed(Derivation):
         if self.precision != "auto":
             return self.precision == "half"
         return device.type == "cuda" and all(source.dtype != torch.float64 for source in sources.values())
-
-
-def unless(finite: Bool[Tensor, ""] | None, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The new tensors where ``finite``, or where that has been looked at (None); otherwise the old ones, or 0 without."""
-    if finite is None:
-        return dict(new)
-    before = {n: old[n].to(x.dtype) if n in old else torch.zeros_like(x) for n, x in new.items() if x is not old.get(n)}
-    return {n: torch.where(finite, x, before[n]) if n in before else x for n, x in new.items()}

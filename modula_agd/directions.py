@@ -6,13 +6,15 @@ a matrix [o, i], need not be taken anew at every step. With a *period* r a weigh
 steps and then every r-th, different weights at different steps, so that steps cost alike.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from modula_agd.norm import Direction, Norm
-from modula_agd.polar import polar_of_each
+from modula_agd.many import cast, scaled
+from modula_agd.norm import Direction, Norm, Scalar, wide
+from modula_agd.polar import polar_of_each, working_dtype
 
 SIDE = 64
 """Short side of a matrix for each step of its period on a CPU; below twice this, each step has a direction of its own."""
@@ -53,3 +55,49 @@ def directions(norms: Mapping[str, Norm], sources: Mapping[str, Tensor], *, half
     return {
         name: norms[name].assembled(source, [next(factors) for _ in wanted[name]]) for name, source in sources.items()
     }
+
+
+def together(numbers: Sequence[Scalar]) -> Float[Tensor, " numbers"]:
+    """0-d tensors as one in double precision: whatever follows is one operation, and not one for each."""
+    alike = len({x.dtype for x in numbers}) == 1
+    return wide(torch.stack(list(numbers) if alike else [wide(x) for x in numbers]))
+
+
+def dots(xs: Mapping[str, Tensor], other: Callable[[str], Tensor]) -> dict[str, Scalar]:
+    """⟨x, y⟩ of each x and the other of its name, in double precision; computed in the precision that x is, one after the other."""
+    found = []
+    for name, x in xs.items():
+        dtype = working_dtype(x.dtype)
+        found.append(torch.dot(x.to(dtype).flatten(), other(name).to(dtype).flatten()))
+    return dict(zip(xs, together(found).unbind(), strict=True)) if found else {}
+
+
+def pairs(found: Mapping[str, Direction], gradients: Mapping[str, Tensor]) -> dict[str, Scalar]:
+    """⟨gradient, u⟩ of each direction that there is a gradient for."""
+    whole = {name: u for name, u in found.items() if name in gradients and not u.by_rows}
+    rows = {name: u for name, u in found.items() if name in gradients and u.by_rows}
+    products = dots({name: gradients[name] for name in whole}, lambda name: whole[name].base)
+    return times(whole, products) | {name: u.pair(gradients[name]) for name, u in rows.items()}
+
+
+def times(found: Mapping[str, Direction], numbers: Mapping[str, Scalar]) -> dict[str, Tensor]:
+    """The factor of each direction times a number in double precision."""
+    products = {name: u.factor * numbers[name] for name, u in found.items() if u.by_rows}
+    told = {name: u.factor for name, u in found.items() if not isinstance(u.factor, Tensor)}
+    if all(factor == 1.0 for factor in told.values()):
+        products |= {name: numbers[name] for name in told}
+    else:
+        products |= zip(told, scaled([numbers[name] for name in told], list(told.values())), strict=True)
+    asked = {name: u.factor for name, u in found.items() if isinstance(u.factor, Tensor) and not u.by_rows}
+    if asked:
+        many = together(list(asked.values())) * torch.stack([numbers[name] for name in asked])
+        products |= zip(asked, many.unbind(), strict=True)
+    return products
+
+
+def dense(found: Mapping[str, Direction], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """u of each direction, in its dtype: rounded to that before a Python number multiplies it."""
+    told = {name: u for name, u in found.items() if not isinstance(u.factor, Tensor)}
+    units = cast({name: u.base for name, u in told.items()}, dtypes)
+    many = dict(zip(told, scaled([units[n] for n in told], [float(u.factor) for u in told.values()]), strict=True))
+    return {name: many[name] if name in many else u.dense().to(dtypes[name]) for name, u in found.items()}

@@ -69,15 +69,14 @@ class ManyRanks(Exchange):
 
     def seen(self, found: Mapping[str, Direction], gradients: Mapping[str, Tensor]) -> dict[str, Direction]:
         counts = {
-            name: gradients[name].flatten(1).count_nonzero(1)
-            for name, direction in found.items()
-            if direction.factor.ndim > 0
+            name: gradients[name].flatten(1).count_nonzero(1) for name, direction in found.items() if direction.by_rows
         }
         cut = [name for name in counts if not self.layouts[name].whole(range(1, len(self.layouts[name].shape)))]
         counts |= self._reduced({name: (counts[name], (0,)) for name in cut}, dist.ReduceOp.SUM)
         masked = dict(found)
         for name, count in counts.items():
             base, factor = found[name]
+            factor = torch.as_tensor(factor)
             masked[name] = Direction(base, factor * (count.reshape(factor.shape) > 0))
         return masked
 
@@ -145,7 +144,7 @@ class ManyRanks(Exchange):
         cut = [name for name in full if not self.layouts[name].whole(dims[name])]
         peak = {name: peaks(x, dims[name]) for name, x in full.items()}
         peak |= self._reduced({name: (peak[name], kept[name]) for name in cut}, dist.ReduceOp.MAX)
-        scaled = {name: divided(x, peak[name])[0] for name, x in full.items()}
+        scaled = {name: divided(x, peak[name]) for name, x in full.items()}
         squares = {name: x.square().sum(dims[name], keepdim=True) for name, x in scaled.items()}
         squares |= self._reduced({name: (squares[name], kept[name]) for name in cut}, dist.ReduceOp.SUM)
         found = {}
@@ -159,7 +158,7 @@ class ManyRanks(Exchange):
             elif kept[name] == (0,):
                 found[name] = Direction(x, factor)
             else:
-                found[name] = Direction(x * factor, factor.new_ones(()))
+                found[name] = Direction(x * factor)
         return found
 
     def _reduced(self, parts: Mapping[str, tuple[Tensor, tuple[int, ...]]], op: Any) -> dict[str, Tensor]:
@@ -209,9 +208,7 @@ class ManyRanks(Exchange):
         replicated = [name for name in sources if self.layouts[name].replicated]
         spread = [name for name in sources if not self.layouts[name].replicated]
         held = self._broadcast(replicated, sources, mine, owner) | self._handed_out(spread, sources, mine, owner)
-        return {
-            name: Direction(value, value.new_ones((), dtype=working_dtype(value.dtype))) for name, value in held.items()
-        }
+        return {name: Direction(value) for name, value in held.items()}
 
     def _dealt(self, norms: Mapping[str, Norm], names: tuple[str, ...]) -> dict[str, int]:
         if names not in self._owners:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modula_agd.many import is_finite
 from modula_agd.norm import wide
 from modula_agd.state import State
 
@@ -29,7 +30,7 @@ def forecast(state: State, value: Tensor | None) -> dict[str, Any]:
         return {"loss": torch.full_like(state.loss, torch.inf)}
     now = wide(value.detach()).to(state.loss)
     fallen = state.loss - now
-    known = fallen.isfinite() & state.change.isfinite()
+    known = is_finite(fallen) & is_finite(state.change)
     share = (1 - MEMORY) * known.to(now.dtype)
     fallen, change = torch.where(known, fallen, 0.0), torch.where(known, state.change, 0.0)
     return {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from modula_agd import memory
 from modula_agd.error import InvalidArgument
 from modula_agd.holder import named, parameters, refuse
+from modula_agd.many import copy_
 from modula_agd.method import Method
 from modula_agd.placement import spread
 from modula_agd.polar import working_dtype
@@ -147,8 +148,11 @@ class Grouped(torch.optim.Optimizer):
                 entry, key = entries[name], memory.KEYS[what]
                 value = value if key in entry else spread(value, params[name])
                 memory.keep(entry, key, value, in_place=self.capturable)
-        for name in memory.NUMBERS:
-            memory.keep(numbers, name, getattr(state, name), in_place=self.capturable)
+        fresh_numbers = {name: getattr(state, name) for name in memory.NUMBERS}
+        if self.capturable:
+            copy_({name: numbers[name] for name in fresh_numbers}, fresh_numbers)
+        else:
+            numbers |= fresh_numbers
         for name, entry in entries.items():
             if self.method.momentum is not None:
                 entry["begun"] = int(name in state.momentum)

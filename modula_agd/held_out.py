@@ -39,6 +39,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from modula_agd.averaging import newest
+from modula_agd.many import between, cast, copy_, unless, unless_
 from modula_agd.polar import working_dtype
 from modula_agd.state import Scalar, State
 
@@ -152,29 +153,28 @@ def renewed(
     if finite is not None:
         new = [torch.where(finite, value, before) for value, before in zip(new, old, strict=True)]
     if in_place:
-        # one kernel for many parameters, as in torch's own optimizers
         torch._foreach_lerp_(old, new, share)  # pyright: ignore[reportPrivateImportUsage]
     else:
-        old = [torch.lerp(before, value, share) for before, value in zip(old, new, strict=True)]
+        old = between(old, new, share)
     led: dict[str, Tensor] = {}
     for nu in dict.fromkeys(leads[name] for name in names):
         alike = [index for index, name in enumerate(names) if leads[name] == nu]
-        means, ends = [old[i] for i in alike], [new[i] for i in alike]
-        if in_place:
-            ahead = list(torch._foreach_lerp(means, ends, nu))  # pyright: ignore[reportPrivateImportUsage]
-        else:
-            # torch.vmap has no rule for many at once
-            ahead = [torch.lerp(mean, end, nu) for mean, end in zip(means, ends, strict=True)]
-        # each is let go once it is in its own precision
-        for name in [names[i] for i in reversed(alike)]:
-            led[name] = _led(state.lead.get(name), ahead.pop(), finite, full, in_place)
+        ahead = between([old[i] for i in alike], [new[i] for i in alike], nu)
+        led |= _led(state.lead, dict(zip([names[i] for i in alike], ahead, strict=True)), finite, full, in_place)
     moved = dict(zip(names, old, strict=True))
     return {"momentum": {**state.momentum, **moved}, "lead": {**state.lead, **{name: led[name] for name in names}}}
 
 
-def _led(before: Tensor | None, new: Tensor, finite: Bool[Tensor, ""] | None, full: bool, in_place: bool) -> Tensor:
-    """The new lead in its own precision, or the one before where a step is left out; where that one is, if ``in_place``."""
-    new = new if full else new.to(short_dtype(new.dtype))
-    if finite is not None:
-        new = torch.where(finite, new, torch.zeros_like(new) if before is None else before.to(new.dtype))
-    return before.copy_(new) if in_place and before is not None and before.dtype == new.dtype else new
+def _led(
+    before: Mapping[str, Tensor], new: dict[str, Tensor], finite: Bool[Tensor, ""] | None, full: bool, in_place: bool
+) -> dict[str, Tensor]:
+    """New leads in their own precision, or those before where a step is left out; where those are, if ``in_place``."""
+    dtypes = {name: x.dtype if full else short_dtype(x.dtype) for name, x in new.items()}
+    places = {n: before[n] for n in new if in_place and n in before and before[n].dtype == dtypes[n]}
+    if finite is None:
+        copy_(places, new)
+    else:
+        unless_(finite, places, cast({name: new[name] for name in places}, dtypes))
+    # each is let go once it is in its own precision
+    rest = {name: new.pop(name).to(dtypes[name]) for name in list(new) if name not in places}
+    return places | unless(finite, before, rest)

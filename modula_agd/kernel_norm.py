@@ -23,7 +23,6 @@ from torch import Tensor
 
 from modula_agd.error import InvalidArgument
 from modula_agd.norm import Direction, Norm, Scalar, drawing_dtype
-from modula_agd.polar import working_dtype
 
 
 class KernelNorm(Norm, ABC):
@@ -86,8 +85,13 @@ class KernelNorm(Norm, ABC):
         return self._joined(units, gradient.shape)
 
     def _joined(self, units: list[Direction], shape: torch.Size) -> Direction:
-        kernel = self.kernel([unit.dense() for unit in units], shape)
-        return Direction(kernel, kernel.new_full((), 1 / self.factor, dtype=working_dtype(kernel.dtype)))
+        factors = [unit.factor for unit in units]
+        if len(units) == 1 and not isinstance(factors[0], Tensor):
+            kernel, factor = self.kernel([units[0].base], shape), factors[0] / self.factor
+        else:
+            kernel, factor = self.kernel([unit.dense() for unit in units], shape), 1 / self.factor
+        # what is multiplied by it, entry by entry, lies in a row
+        return Direction(kernel.contiguous(), factor)
 
     def dual(self, gradient: Float[Tensor, "a b *kernel"]) -> Scalar:
         return torch.stack([self.inner.dual(x) for x in self.cut(gradient)]).sum() / self.factor

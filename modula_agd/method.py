@@ -15,7 +15,7 @@ All scalars stay on the device, so that a step waits for nothing.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -25,42 +25,21 @@ from modula_agd.balance import portions
 from modula_agd.curvature import curvature, mean_multiple
 from modula_agd.derivation import settled
 from modula_agd.device import precise
-from modula_agd.directed import Directed, unless
+from modula_agd.directed import Directed
+from modula_agd.directions import dots, pairs
 from modula_agd.error import InvalidArgument
 from modula_agd.exchange import ALONE, Exchange
 from modula_agd.forecast import forecast
 from modula_agd.held_out import measured, relaxed, steadiness
 from modula_agd.inspection import check_average, check_finite, check_parameters, check_step, check_update, loss_told
 from modula_agd.majorisation import Evidence
-from modula_agd.norm import Direction, wide
+from modula_agd.many import is_finite, unless
+from modula_agd.move import Move
+from modula_agd.norm import wide
 from modula_agd.space import finite as finite_number
 from modula_agd.state import WAYS, WEIGHT_SIZED, Each, Scalar, State
 from modula_agd.step_average import averaged
 from modula_agd.stretch import stretched
-
-
-class Move(NamedTuple):
-    """A step before it is made.
-
-    Args:
-        directions: u_k of each parameter that moves.
-        gradients: its gradient.
-        amounts: −t·x_k·p_k·m_k·ω_k of each parameter, 0-d, times the stride of rows into logits.
-        shrink: s_k, the share of a weight that decays (``decay.py``), above 1 all of it; empty without decay.
-        finite: False where nothing may move; None where that has been looked at.
-        state: the new state, but for momentum and lead.
-    """
-
-    directions: dict[str, Direction]
-    gradients: dict[str, Tensor]
-    amounts: dict[str, Scalar]
-    shrink: dict[str, Scalar]
-    finite: Bool[Tensor, ""] | None
-    state: State
-
-    def factor(self, name: str, direction: Direction) -> Tensor:
-        """What the direction's base is multiplied with."""
-        return (direction.factor * self.amounts[name]).to(direction.base.dtype)
 
 
 @dataclass(frozen=True)
@@ -161,17 +140,17 @@ class Method(Directed):
         if not (finite_number(part) and 0 < part <= 1):
             raise InvalidArgument(f"update was given part={part!r}, which must be above 0 and at most 1")
         move = self.decide(grads, state, params, evidence, value, exchange, part, average)
+        factors, shares = move.factors()
         updates = {}
         for name, direction in move.directions.items():
-            factor = move.factor(name, direction)
-            update = direction.base * factor
-            if name in move.shrink:
-                # no weight passes through 0
-                update = update - (move.shrink[name].clamp(max=1.0) * params[name].detach()).to(update.dtype)
+            update = direction.base * factors[name]
+            if name in shares:
+                update = update - (shares[name] * params[name].detach()).to(update.dtype)
             update = update.to(params[name].dtype)
             updates[name] = torch.where(move.finite, update, 0.0) if move.finite is not None else update
         past = self.counted(state, move.gradients, part, move.finite)
-        return updates, move.state._replace(**past)
+        directions = unless(move.finite, state.directions, move.state.directions)
+        return updates, move.state._replace(**past, directions=directions)
 
     def absorb(
         self,
@@ -213,10 +192,10 @@ class Method(Directed):
         masked = self._masked(ends.device)
         if not masked:
             check_finite(dict(zip(self.atoms, ends.tolist(), strict=True)))
-        good = ends.isfinite().all() if masked else None
+        good = is_finite(ends).all() if masked else None
         past = self.counted(state, gradients, part, good, absorbed=True)
         # a direction kept from before would not have seen what was just absorbed
-        heard = self._heard(gradients, state, None, part, ends.isfinite().all(), exchange)
+        heard = self._heard(gradients, state, None, part, is_finite(ends).all(), exchange)
         return self._looked_back(gradients, state, exchange)[0]._replace(**past, **heard, directions={})
 
     def decide(
@@ -246,62 +225,62 @@ class Method(Directed):
         directions, kept = self._directions(gradients, state, means, device, exchange)
         # a direction that serves on was measured already
         serving = {name for name, direction in directions.items() if direction.base is state.directions.get(name)}
-        descents = {n: left[n] if n in serving & left.keys() else d.pair(gradients[n]) for n, d in directions.items()}
-        pairs = torch.stack([descents.get(name, zero) for name in self.atoms])
+        known = {name: left[name] for name in serving & left.keys()}
+        fresh = {name: direction for name, direction in directions.items() if name not in known}
+        descents = self._each(known | pairs(fresh, gradients), zero)
         pulls = self._pulls(gradients, params, zero)
         ways = self._ways(gradients, directions, params, average or {}, zero)
-        pairs, pulls, ways, silent = exchange.total(torch.stack((pairs, pulls, *ways))).unbind()
+        descents, pulls, ways, silent = exchange.total(torch.stack((descents, pulls, *ways))).unbind()
 
         sizes = self._sizes(params, device, exchange)
         reach = sizes * plan.masses * parts
-        descent = (reach * pairs).sum()
-        finite = descent.isfinite()
+        descent = (reach * descents).sum()
+        finite = is_finite(descent)
         masked = self._masked(device)
         if not masked:
-            check_finite(dict(zip(self.atoms, (pairs * sizes).tolist(), strict=True)))
+            check_finite(dict(zip(self.atoms, (descents * sizes).tolist(), strict=True)))
 
         if self.momentum is not None:
             # a zero gradient means a zero step of its weight, whatever the past says
-            reach = reach * (pairs != 0)
+            reach = reach * (descents != 0)
         t, finite, numbers = self._length(descent, finite, sizes, state, evidence)
         if self.stretch == "declared":
             # a state may come from a method that measured
-            numbers |= {"stretches": torch.ones_like(pairs), **{field: torch.zeros_like(pairs) for field in WAYS}}
+            numbers |= {"stretches": torch.ones_like(descents), **{field: torch.zeros_like(descents) for field in WAYS}}
         else:
             # without averages there is no way from them
             if average:
                 numbers |= stretched(state, ways, silent, finite, plan.reaches)
             else:
-                numbers |= {"stretches": state.stretches, "foreseen": torch.zeros_like(pairs)}
-            numbers["due"] = numbers["due"] * mean_multiple(numbers["stretches"], reach * pairs)
+                numbers |= {"stretches": state.stretches, "foreseen": torch.zeros_like(descents)}
+            numbers["due"] = numbers["due"] * mean_multiple(numbers["stretches"], reach * descents)
         further = t * numbers["stretches"]
-        if masked:
-            # made of a gradient itself, a direction may be NaN
-            kept |= {name: torch.where(finite, kept[name], 0.0) for name in kept.keys() - state.lead.keys()}
         lengths = further * plan.strides * reach
         # a weight with a zero gradient does not move at all
-        shares = self.lost(t, parts, numbers["stretches"], state.steps - state.skipped + 1, pairs != 0)
+        shares = self.lost(t, parts, numbers["stretches"], state.steps - state.skipped + 1, descents != 0)
         if self.stretch == "measured":
-            slopes = lengths * pairs + shares.clamp(max=1.0) * pulls
-            numbers["slopes"] = torch.where(finite & slopes.isfinite(), slopes, 0.0)
+            slopes = lengths * descents + shares.clamp(max=1.0) * pulls
+            numbers["slopes"] = torch.where(finite & is_finite(slopes), slopes, 0.0)
         after = state._replace(
             descent=descent,
-            descents=pairs,
+            descents=descents,
             sizes=sizes,
             steps=state.steps + 1,
             skipped=state.skipped + (~finite).to(state.skipped.dtype),
             clock=state.clock + 1,
-            directions=unless(finite if masked else None, state.directions, kept),
+            directions=kept,
             portions=parts,
             rates=torch.ones_like(parts),
             **self._heard(gradients, state, means, part, finite, exchange),
             **numbers,
             **forecast(state, told),
         )
-        amounts = dict(zip(self.atoms, (-lengths).unbind(), strict=True))
-        shrinks = dict(zip(self.atoms, shares.unbind(), strict=True))
-        shrink = {name: shrinks[name] for name in directions if self.decay is not None}
-        return Move(directions, gradients, amounts, shrink, finite if masked else None, after)
+        # made of a gradient itself, a direction may be NaN
+        unsure = frozenset(directions if self.skips else directions.keys() - state.lead.keys())
+        fading = None if self.decay is None else shares
+        return Move(
+            directions, gradients, tuple(self.atoms), -lengths, fading, finite if masked else None, unsure, after
+        )
 
     def _length(
         self, descent: Scalar, finite: Bool[Tensor, ""], sizes: Tensor, state: State, evidence: Evidence | None
@@ -328,7 +307,7 @@ class Method(Directed):
         if self.relaxation != 1:
             t = (relaxed(steady, state.steps - state.skipped + 1) if self.relaxation is None else self.relaxation) * t
         # sizes or magnitudes near the ends of the number range can overflow on the way to a step, in the weights' precision too
-        finite = finite & t.float().isfinite()
+        finite = finite & is_finite(t.float())
         if not self._masked(descent.device):
             check_step(t.float(), evidence)
         means = {}
@@ -347,7 +326,7 @@ class Method(Directed):
             "smoothed": smoothed,
             "scale": scale,
             "weight": weight,
-            "due": torch.where(finite & expected.isfinite(), expected, 0.0),
+            "due": torch.where(finite & is_finite(expected), expected, 0.0),
         }
         return t, finite, numbers | means
 
@@ -367,11 +346,8 @@ class Method(Directed):
 
     def _pulls(self, gradients: Mapping[str, Tensor], params: Mapping[str, Tensor], zero: Scalar) -> Each:
         """⟨g_k, W_k⟩ of each parameter, what a loss falls by per unit share that a weight decays; 0 where nobody asks."""
-        parts = dict.fromkeys(self.atoms, zero)
-        if self.decay is not None and self.stretch == "measured":
-            for name, gradient in gradients.items():
-                parts[name] = wide(torch.dot(gradient.flatten(), params[name].detach().to(gradient.dtype).flatten()))
-        return torch.stack(list(parts.values()))
+        asked = self.decay is not None and self.stretch == "measured"
+        return self._each(dots(gradients, lambda name: params[name].detach()) if asked else {}, zero)
 
     def _check_arguments(
         self,

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from modula_agd.device import precise
 from modula_agd.polar import largest_singular_value_bound, polar, working_dtype
-from modula_agd.rescale import rescale
+from modula_agd.rescale import rescale, unit
 
 Scalar = Float[Tensor, ""]
 
@@ -50,38 +50,45 @@ def wide(x: Tensor) -> Tensor:
 class Direction(NamedTuple):
     """A direction u = factor·base, left unmultiplied so that no copy of a weight is made before the step is known.
 
-    ``factor`` is a 0-d tensor, or holds one number per row (shape [rows, 1, ...]).
+    ``factor`` is a Python number, a 0-d tensor, or holds one number per row (shape [rows, 1, ...]).
     """
 
     base: Float[Tensor, "*shape"]
-    factor: Float[Tensor, "*broadcastable"]
+    factor: float | Float[Tensor, "*broadcastable"] = 1.0
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether each row has a factor of its own."""
+        return isinstance(self.factor, Tensor) and self.factor.ndim > 0
 
     def dense(self) -> Float[Tensor, "*shape"]:
         """The direction u itself."""
-        return self.base * self.factor.to(self.base.dtype)
+        factor = self.factor
+        return self.base * (factor.to(self.base.dtype) if isinstance(factor, Tensor) else factor)
 
     def where(self, gradient: Float[Tensor, "*shape"]) -> "Direction":
         """The same direction, but 0 in each row of which ``gradient`` says nothing, where the direction is made row by row.
 
         A row of an embedding whose token has not been seen lately would move at full speed in a stale direction.
         """
-        if self.factor.ndim == 0:
+        if not self.by_rows:
             return self
-        seen = gradient.flatten(1).count_nonzero(1).reshape(self.factor.shape) > 0
-        return Direction(self.base, self.factor * seen)
+        factor = torch.as_tensor(self.factor)
+        seen = gradient.flatten(1).count_nonzero(1).reshape(factor.shape) > 0
+        return Direction(self.base, factor * seen)
 
     def silent(self) -> Scalar:
         """The number of rows that do not move, of a direction that is made row by row."""
-        return wide((self.factor == 0).sum())
+        return wide((torch.as_tensor(self.factor) == 0).sum())
 
     def pair(self, gradient: Float[Tensor, "*shape"]) -> Scalar:
         """⟨gradient, u⟩, the descent per unit step along u, in double precision."""
         dtype = working_dtype(gradient.dtype)
         g, base = gradient.to(dtype), self.base.to(dtype)
-        if self.factor.ndim == 0:
+        if not self.by_rows:
             return wide(torch.dot(g.flatten(), base.flatten())) * self.factor
         rows = torch.linalg.vecdot(g.flatten(1), base.flatten(1))
-        return (wide(rows) * self.factor.flatten()).sum()
+        return (wide(rows) * torch.as_tensor(self.factor).flatten()).sum()
 
 
 class Norm(ABC):
@@ -144,14 +151,13 @@ class BlockNorm(Norm):
     def dims(self, shape: torch.Size) -> tuple[int, ...]:
         """The dimensions within a block; the others count blocks."""
 
-    def _block_norms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rescaled blocks, their peaks, and the Euclidean norms of the rescaled blocks."""
+    def _block_norms(self, x: Tensor) -> Tensor:
+        """The Euclidean norms of all blocks, in double precision."""
         scaled, peak = rescale(x.to(working_dtype(x.dtype)), self.dims(x.shape))
-        return scaled, peak, torch.linalg.vector_norm(scaled, dim=self.dims(x.shape), keepdim=True)
+        return wide(torch.linalg.vector_norm(scaled, dim=self.dims(x.shape), keepdim=True)) * wide(peak)
 
     def size(self, weight: Float[Tensor, "*shape"]) -> Scalar:
-        _, peak, norm = self._block_norms(weight)
-        return (wide(norm) * wide(peak)).amax() * self.factor(weight.shape)
+        return self._block_norms(weight).amax() * self.factor(weight.shape)
 
     def bound(self, weight: Float[Tensor, "*shape"]) -> Scalar:
         # the sum of a block's n squares is rounded by at most n·eps; its root by half of that
@@ -160,17 +166,18 @@ class BlockNorm(Norm):
         return self.size(weight) * (1 + rounding)
 
     def direction(self, gradient: Float[Tensor, "*shape"]) -> Direction:
-        scaled, _, norm = self._block_norms(gradient)
+        dims = self.dims(gradient.shape)
+        scaled = unit(gradient.to(working_dtype(gradient.dtype)), dims)
+        norm = torch.linalg.vector_norm(scaled, dim=dims, keepdim=True)
         factor = 1 / (norm.masked_fill(norm == 0, 1.0) * self.factor(gradient.shape))
         if factor.numel() == 1:
             return Direction(scaled, factor.reshape(()))
         if factor.shape[0] == factor.numel():
             return Direction(scaled, factor)
-        return Direction(scaled * factor, factor.new_ones(()))
+        return Direction(scaled * factor)
 
     def dual(self, gradient: Float[Tensor, "*shape"]) -> Scalar:
-        _, peak, norm = self._block_norms(gradient)
-        return (wide(norm) * wide(peak)).sum() / self.factor(gradient.shape)
+        return self._block_norms(gradient).sum() / self.factor(gradient.shape)
 
     def draw(
         self, shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
@@ -216,8 +223,7 @@ class Spectral(Norm):
     def assembled(
         self, gradient: Float[Tensor, "*stack out in_"], factors: list[Float[Tensor, "*stack out in_"]]
     ) -> Direction:
-        factor = gradient.new_full((), 1 / _fan_ratio(gradient.shape), dtype=working_dtype(gradient.dtype))
-        return Direction(factors[0], factor)
+        return Direction(factors[0], 1 / _fan_ratio(gradient.shape))
 
     def dual(self, gradient: Float[Tensor, "*stack out in_"]) -> Scalar:
         x, peak = rescale(gradient.to(working_dtype(gradient.dtype)), (-2, -1))
@@ -304,7 +310,7 @@ class Sign(Norm):
         return self.size(weight)
 
     def direction(self, gradient: Float[Tensor, "*shape"]) -> Direction:
-        return Direction(gradient.sign(), gradient.new_ones(()))
+        return Direction(gradient.sign())
 
     def dual(self, gradient: Float[Tensor, "*shape"]) -> Scalar:
         return wide(gradient).abs().sum()
@@ -348,8 +354,9 @@ class RowBlocks(Norm):
         return self._joined(self.inner.assembled(self._stack(gradient), factors))
 
     def _joined(self, blocks: Direction) -> Direction:
-        stack = blocks.dense()
-        return Direction(rearrange(stack, "b o i -> (b o) i"), stack.new_ones((), dtype=working_dtype(stack.dtype)))
+        if not blocks.by_rows:
+            return Direction(rearrange(blocks.base, "b o i -> (b o) i"), blocks.factor)
+        return Direction(rearrange(blocks.dense(), "b o i -> (b o) i"))
 
     def dual(self, gradient: Float[Tensor, "rows in_"]) -> Scalar:
         return self.inner.dual(self._stack(gradient))
@@ -398,10 +405,9 @@ class Transposed(Norm):
         return self._turned(self.inner.assembled(gradient.mT, factors))
 
     def _turned(self, direction: Direction) -> Direction:
-        if direction.factor.ndim == 0:
+        if not direction.by_rows:
             return Direction(direction.base.mT.contiguous(), direction.factor)
-        base = direction.dense().mT.contiguous()
-        return Direction(base, direction.factor.new_ones(()))
+        return Direction(direction.dense().mT.contiguous())
 
     def dual(self, gradient: Float[Tensor, "*stack in_ out"]) -> Scalar:
         return self.inner.dual(gradient.mT)

@@ -13,7 +13,6 @@ from modula_agd.accumulation import MicroBatches
 from modula_agd.agd import agd
 from modula_agd.bridge.bridged import Bridged, from_torch
 from modula_agd.curvature import mean_multiple
-from modula_agd.directed import unless
 from modula_agd.error import InvalidArgument
 from modula_agd.exchange import ALONE
 from modula_agd.explanation import Explanation, explain, scalars
@@ -23,7 +22,9 @@ from modula_agd.inspection import check_gradients
 from modula_agd.lending import Lending
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence
-from modula_agd.method import Method, Move
+from modula_agd.many import is_finite, unless, unless_
+from modula_agd.method import Method
+from modula_agd.move import Move
 from modula_agd.placement import data_parallel, exchange_of, local, local_gradient, reshard, skips_reduction
 from modula_agd.space import finite
 from modula_agd.state import WEIGHT_SIZED, State
@@ -242,6 +243,8 @@ class AGD(Lending):
         held = {name: local(value) for name, value in self._averages().items() if name in params}
         move = self.method.decide(grads, seen, params, evidence, loss, self._exchange, part, held)
         allowed, multipliers = _allowed(move, rates), self._by_name(rates)
+        applied = self._applied(move, multipliers)
+        factors, shares = move.factors(applied, allowed)
         for name in move.gradients:
             entry = self.state[whole[name]]
             begun = entry.get("begun")
@@ -251,17 +254,13 @@ class AGD(Lending):
                 local(entry["average"]).copy_(params[name])
             entry["begun"] = 1
         for name, direction in move.directions.items():
-            weight, base, rate = params[name], direction.base, multipliers[name]
-            factor = (rate * move.factor(name, direction)).to(base.dtype)
-            if allowed is not None:
+            weight, base, factor, share = params[name], direction.base, factors[name], shares.get(name)
+            if allowed is not None and name in move.unsure:
                 # NaN times 0 is NaN: what may not move is taken out of the direction, too
                 base, factor = torch.where(allowed, base, 0.0), torch.where(allowed, factor, 0.0)
-            share = (rate * move.shrink[name]).clamp(max=1.0) if name in move.shrink else None
-            if share is not None and allowed is not None:
-                share = torch.where(allowed, share, 0.0)
             if weight.dtype == base.dtype:
                 if share is not None:
-                    weight.mul_(1 - share)
+                    weight.addcmul_(weight, share, value=-1)
                 weight.addcmul_(base, factor)
             else:
                 # a small share is lost where it is rounded by itself
@@ -269,12 +268,13 @@ class AGD(Lending):
                 weight.add_(update.to(weight.dtype))
         past = self.method.counted(seen, move.gradients, part, move.finite, in_place=True)
         if seen is not before and move.finite is not None:
-            # a step left out leaves out what was absorbed for it, and leaves the directions of before
-            past["directions"] = move.state.directions
+            # a step left out leaves out what was absorbed for it
             past = {what: unless(move.finite, getattr(before, what), new) for what, new in past.items()}
             weights = torch.where(move.finite, move.state.mean_weights, before.mean_weights)
             move = move._replace(state=move.state._replace(mean_weights=weights))
-        applied = self._applied(move, multipliers)
+        # the optimizer's own are written over only with what is of the past
+        choose = unless if move.unsure else unless_
+        past["directions"] = choose(move.finite, before.directions, move.state.directions)
         due = move.state.due * self._reached(move, multipliers, applied)
         if allowed is not None:
             due, applied = torch.where(allowed, due, 0.0), torch.where(allowed, applied, 0.0)
@@ -377,7 +377,7 @@ def _allowed(move: Move, rates: Rates) -> Tensor | None:
     allowed, t = move.finite, move.state.t
     for rate in rates:
         if isinstance(rate, Tensor):
-            good = ((rate >= 0) & (rate * t).isfinite()).to(t.device)
+            good = ((rate >= 0) & is_finite(rate * t)).to(t.device)
             allowed = good if allowed is None else allowed & good
         elif move.finite is None and not finite(rate * float(t)):
             raise InvalidArgument(f"the multiplier 'lr' of AGD is {rate:g}, which takes a step to infinity")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from modula_agd.device import exact, precise
 from modula_agd.error import InvalidArgument
-from modula_agd.rescale import rescale
+from modula_agd.rescale import rescale, unit
 
 SMALLEST = 1e-3
 """Singular values above this share of the Schatten 4-norm, (Σ sⱼ⁴)^(1/4), end between 0.997 and 1."""
@@ -78,7 +78,7 @@ def polar(matrix: Float[Tensor, "*batch rows cols"], *, half: bool = False) -> F
 def _polar(matrix: Float[Tensor, "*batch rows cols"], half: bool) -> Float[Tensor, "*batch rows cols"]:
     wide, working = _wide(matrix), working_dtype(matrix.dtype)
     # a matrix, or one stack of them
-    x, _ = rescale(wide.to(working).flatten(0, max(0, wide.ndim - 3)), (-2, -1))
+    x = unit(wide.to(working).flatten(0, max(0, wide.ndim - 3)), (-2, -1))
     # products in TF32 or of bfloat16 parts round like half precision, whatever their operands
     rough = half or (working == torch.float32 and matrix.is_cuda and _rounds_to_tf32())
     if half:
@@ -87,7 +87,8 @@ def _polar(matrix: Float[Tensor, "*batch rows cols"], half: bool) -> Float[Tenso
     # ‖XXᵀ‖_F^(1/2) is the Schatten 4-norm: at least the largest singular value, and tighter than ‖X‖_F
     ceiling = torch.linalg.matrix_norm(gram, keepdim=True, dtype=working).sqrt()
     ceiling = ceiling * (HALF_MARGIN if rough else 1 + 16 * torch.finfo(working).eps)
-    ceiling = ceiling.masked_fill(ceiling == 0, 1.0)
+    # the largest entry is 1, and with it this is above 1, but of a matrix of zeros
+    ceiling = ceiling.clamp(min=1.0)
     x, gram = (x / ceiling).to(x.dtype), (gram / ceiling.square()).to(x.dtype)
     if not rough and x.shape[-1] >= GRAM_SIDE * x.shape[-2]:
         for index, group in enumerate(GROUPS):

@@ -6,7 +6,7 @@ block without a normal number in it counts as zero and stays zero.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -24,6 +24,12 @@ def rescale(
         (``dims`` kept with size 1). A block whose largest entry is denormal is returned as zero. NaN and infinity pass
         through as NaN, so that a check further on sees them.
     """
+    peak = peaks(x, dims)
+    return divided(x, peak), peak.masked_fill(_empty(x, peak), 0.0)
+
+
+def unit(x: Float[Tensor, "*shape"], dims: tuple[int, ...]) -> Float[Tensor, "*shape"]:
+    """``rescale`` for whom does not ask for the largest entries."""
     return divided(x, peaks(x, dims))
 
 
@@ -32,14 +38,18 @@ def peaks(x: Float[Tensor, "*shape"], dims: tuple[int, ...]) -> Float[Tensor, "*
     if x.numel() == 0:
         inside = {dim % x.ndim for dim in dims}
         return x.new_zeros([1 if dim in inside else extent for dim, extent in enumerate(x.shape)])
-    # on a CPU fifty times faster than the infinity norm, and without the copy that abs() would make
+    if x.device.type != "cpu":
+        return torch.linalg.vector_norm(x, torch.inf, dims, keepdim=True)
+    # there fifty times faster than the infinity norm, and without the copy that abs() would make
     return torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True))
 
 
-def divided(
-    x: Float[Tensor, "*shape"], peak: Float[Tensor, "*peaks"]
-) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*peaks"]]:
-    """``rescale``, given the largest absolute entries, which may be those of larger blocks that x is a part of."""
-    # `<` is false for NaN, so that NaN is not mistaken for an empty block; x/inf clears a block without a pass of its own
-    empty = peak < torch.finfo(x.dtype).tiny
-    return x / peak.masked_fill(empty, torch.inf), peak.masked_fill(empty, 0.0)
+def divided(x: Float[Tensor, "*shape"], peak: Float[Tensor, "*peaks"]) -> Float[Tensor, "*shape"]:
+    """``unit``, given the largest absolute entries, which may be those of larger blocks that x is a part of."""
+    # x/inf clears a block without a pass of its own
+    return x / peak.masked_fill(_empty(x, peak), torch.inf)
+
+
+def _empty(x: Tensor, peak: Float[Tensor, "*peaks"]) -> Bool[Tensor, "*peaks"]:
+    """Blocks without a normal number; `<` is false for NaN, so that NaN is not mistaken for one."""
+    return peak < torch.finfo(x.dtype).tiny

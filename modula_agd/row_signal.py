@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from modula_agd.device import precise
-from modula_agd.polar import working_dtype
+from modula_agd.many import is_finite
 from modula_agd.rescale import rescale
 from modula_agd.state import State
 
@@ -35,9 +35,12 @@ Rows = Float[Tensor, " rows"]
 
 def row_squares(x: Float[Tensor, "rows cols"]) -> Rows:
     """‖x_r‖² of each row, in double precision: no square over- or underflows, and nothing of x's size is in double precision."""
-    scaled, peak = rescale(x.detach().to(working_dtype(x.dtype)), (1,))
-    norms = torch.linalg.vector_norm(scaled, dim=1).to(precise(x.device))
-    return (norms * peak.flatten().to(norms)).square()
+    x, wide = x.detach(), precise(x.device)
+    if x.dtype != wide:
+        # squares of shorter numbers neither over- nor underflow in it
+        return torch.linalg.vector_norm(x, dim=1, dtype=wide).square()
+    scaled, peak = rescale(x, (1,))
+    return (torch.linalg.vector_norm(scaled, dim=1) * peak.flatten()).square()
 
 
 def signal(state: State, means: Rows) -> Rows:
@@ -87,4 +90,4 @@ def in_powers(state: State, squares: Rows, means: Rows, part: float, counts: Boo
 
 
 def _renewed(before: Rows, fresh: Rows, share: float, counts: Bool[Tensor, " rows"]) -> Rows:
-    return torch.where(counts & fresh.isfinite(), before.lerp(fresh, share), before)
+    return torch.where(counts & is_finite(fresh), before.lerp(fresh, share), before)

@@ -37,6 +37,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from modula_agd.averaging import newest
+from modula_agd.many import is_finite
 from modula_agd.state import Each, Scalar, State
 
 PAST = 1 / 4
@@ -60,7 +61,7 @@ def spent(state: State, left: Each, reach: Each, steady: Scalar) -> Each:
     """
     moves = state.t * state.portions * reach
     fall = moves * (state.descents - left) * steady**STEADY / 2
-    seen = (state.descents != 0) & (left != 0) & (state.slopes != 0) & fall.isfinite()
+    seen = (state.descents != 0) & (left != 0) & (state.slopes != 0) & is_finite(fall)
     return torch.where(seen, state.slopes - fall, state.slopes)
 
 
@@ -82,5 +83,5 @@ def stretched(state: State, left: Each, silent: Each, counts: Bool[Tensor, ""], 
     lag = torch.where(total > 0, (wanted - left) / torch.where(total > 0, total, 1.0), 0.0)
     further = torch.minimum((state.stretches * (lag / steps.clamp(min=SOON)).exp()).clamp(min=1.0), most)
     # one that stands still says nothing of its steps
-    usable = counts & (left != 0) & (silent == 0) & (state.rates > 0) & lag.isfinite() & (steps >= FIRST)
+    usable = counts & (left != 0) & (silent == 0) & (state.rates > 0) & is_finite(lag) & (steps >= FIRST)
     return {"stretches": torch.where(usable, further, state.stretches), "foreseen": promise}

@@ -19,7 +19,7 @@ PACKAGE = Path(modula_agd.__file__).parent
 # themselves, but not each other; the command finds them by name when it is asked to.
 ROWS = (
     ("error", "state"),
-    ("device", "rescale"),
+    ("device", "many", "rescale"),
     ("polar",),
     ("norm", "row_signal"),
     ("space", "kernel_norm"),
@@ -43,7 +43,7 @@ ROWS = (
         "sensitivity",
         "shards",
     ),
-    ("convnet", "exchange", "held_out", "inspection", "step_average", "stretch", "transformer"),
+    ("convnet", "exchange", "held_out", "inspection", "move", "step_average", "stretch", "transformer"),
     ("derivation", "distributed"),
     ("directed",),
     ("method",),
