@@ -21,7 +21,7 @@ from modula_agd.directions import period
 from modula_agd.error import UnknownBound
 from modula_agd.exchange import Exchange
 from modula_agd.loss import Loss
-from modula_agd.majorisation import Evidence, Majorant, Search, divergence
+from modula_agd.majorisation import Evidence, Majorant, Search, divergence_bound
 from modula_agd.network import Network
 from modula_agd.norm import Norm, RowNorm
 from modula_agd.run import Constants, Role, Weighted
@@ -254,9 +254,9 @@ class Derivation:
             if self._lifts:
                 least = slack(float(bound.magnitude))
                 bound = replace(bound, magnitude=larger(bound.magnitude, OUTPUTS))
-            taken = self._divergence(bound)
+            divergence = self._divergence(bound)
             self._plans[device] = Plan(
-                points, bound, taken, sizes, masses, periods, depths, strides, fades, least, reaches
+                points, bound, divergence, sizes, masses, periods, depths, strides, fades, least, reaches
             )
         return self._plans[device]
 
@@ -268,18 +268,20 @@ class Derivation:
     def _majorant(self, descent: Scalar, sizes: Tensor, device: torch.device, evidence: Evidence | None) -> Majorant:
         if self.sizes == "prescribed":
             plan = self._plan(device)
-            points, bound, taken = plan.points, plan.bound, plan.divergence
+            points, bound, divergence = plan.points, plan.bound, plan.divergence
         else:
             # an all-zero batch has magnitude 0, of which relative quantities cannot be taken
             magnitude = self.magnitude if evidence is None else evidence.magnitude.to(sizes).clamp(min=1e-30)
             points, bound = self._evaluate(dict(zip(self.atoms, sizes.unbind(), strict=True)), magnitude, device)
-            taken = self._divergence(bound)
+            divergence = self._divergence(bound)
         residual = evidence.residual.to(descent) if self.needs_evidence and evidence is not None else None
-        return Majorant(points, bound, taken, self.loss.curvature.value * self._conversion() ** 2, descent, residual)
+        return Majorant(
+            points, bound, divergence, self.loss.curvature.value * self._conversion() ** 2, descent, residual
+        )
 
     def _divergence(self, bound: Bound) -> Tensor:
         factor = self._conversion()
-        return divergence(bound, lambda delta: self.loss.bound(factor * delta))
+        return divergence_bound(bound, lambda delta: self.loss.bound(factor * delta))
 
     def _conversion(self) -> float:
         proved, typical = self.loss.conversion(self._codomain())

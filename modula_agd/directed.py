@@ -178,8 +178,8 @@ class Directed(Derivation):
     ) -> tuple[Each, Each]:
         """⟨g_k, w_k − w̄_k⟩ of each parameter, 0 of one without a gradient or an average; and how many of its rows do not move."""
         none = zero.expand(len(self.atoms))
-        known = {name: x for name, x in gradients.items() if name in average and self.stretch == "measured"}
-        if not known:
+        known = {name: x for name, x in gradients.items() if name in average}
+        if not known or self.stretch == "declared":
             return none, none
         # one way at a time, each as large as its weight
         ways = dots(known, lambda name: params[name].detach() - average[name].detach())

@@ -12,8 +12,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from modula_agd.many import cast, scaled
-from modula_agd.norm import Direction, Norm, Scalar, wide
+from modula_agd.kernel_norm import KernelNorm
+from modula_agd.many import cast, scale_, scaled
+from modula_agd.norm import (
+    RMS,
+    Direction,
+    Frobenius,
+    Norm,
+    RowBlocks,
+    RowNorm,
+    Scalar,
+    Sign,
+    Spectral,
+    Transposed,
+    wide,
+)
 from modula_agd.polar import polar_of_each, working_dtype
 
 SIDE = 64
@@ -57,6 +70,13 @@ def directions(norms: Mapping[str, Norm], sources: Mapping[str, Tensor], *, half
     }
 
 
+def stays_finite(norm: Norm) -> bool:
+    """Whether a finite gradient, however short or long, surely has a finite direction: with the norms here. Of others nobody knows."""
+    while isinstance(norm, RowBlocks | Transposed | KernelNorm):
+        norm = norm.inner
+    return type(norm) in (Spectral, Frobenius, RowNorm, RMS, Sign)
+
+
 def together(numbers: Sequence[Scalar]) -> Float[Tensor, " numbers"]:
     """0-d tensors as one in double precision: whatever follows is one operation, and not one for each."""
     alike = len({x.dtype for x in numbers}) == 1
@@ -82,13 +102,15 @@ def pairs(found: Mapping[str, Direction], gradients: Mapping[str, Tensor]) -> di
 
 def times(found: Mapping[str, Direction], numbers: Mapping[str, Scalar]) -> dict[str, Tensor]:
     """The factor of each direction times a number in double precision."""
-    products = {name: u.factor * numbers[name] for name, u in found.items() if u.by_rows}
+    asked = {name: u.factor for name, u in found.items() if isinstance(u.factor, Tensor)}
+    # rows, and a number that a norm of someone's own left on the host
+    apart = {n for n, factor in asked.items() if factor.ndim > 0 or factor.device != numbers[n].device}
+    products = {name: asked.pop(name) * numbers[name] for name in apart}
     told = {name: u.factor for name, u in found.items() if not isinstance(u.factor, Tensor)}
     if all(factor == 1.0 for factor in told.values()):
         products |= {name: numbers[name] for name in told}
     else:
         products |= zip(told, scaled([numbers[name] for name in told], list(told.values())), strict=True)
-    asked = {name: u.factor for name, u in found.items() if isinstance(u.factor, Tensor) and not u.by_rows}
     if asked:
         many = together(list(asked.values())) * torch.stack([numbers[name] for name in asked])
         products |= zip(asked, many.unbind(), strict=True)
@@ -97,7 +119,7 @@ def times(found: Mapping[str, Direction], numbers: Mapping[str, Scalar]) -> dict
 
 def dense(found: Mapping[str, Direction], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """u of each direction, in its dtype: rounded to that before a Python number multiplies it."""
-    told = {name: u for name, u in found.items() if not isinstance(u.factor, Tensor)}
-    units = cast({name: u.base for name, u in told.items()}, dtypes)
-    many = dict(zip(told, scaled([units[n] for n in told], [float(u.factor) for u in told.values()]), strict=True))
-    return {name: many[name] if name in many else u.dense().to(dtypes[name]) for name, u in found.items()}
+    told = {n: u.factor for n, u in found.items() if not isinstance(u.factor, Tensor) and u.base.dtype != dtypes[n]}
+    rounded = cast({name: found[name].base for name in told}, dtypes)
+    scale_(list(rounded.values()), list(told.values()))
+    return {name: rounded[name] if name in told else u.dense().to(dtypes[name]) for name, u in found.items()}

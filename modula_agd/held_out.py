@@ -144,25 +144,24 @@ def renewed(
     fresh = {name: gradient.to(working_dtype(gradient.dtype)) for name, gradient in grads.items()}
     if not fresh:
         return {"momentum": state.momentum, "lead": state.lead}
-    names, new = list(fresh), list(fresh.values())
     # parameters may have been moved to another dtype since
-    old = [
-        state.momentum[name].to(value.dtype) if name in state.momentum else torch.zeros_like(value)
+    means = {
+        name: state.momentum[name].to(value.dtype) if name in state.momentum else torch.zeros_like(value)
         for name, value in fresh.items()
-    ]
+    }
     if finite is not None:
-        new = [torch.where(finite, value, before) for value, before in zip(new, old, strict=True)]
+        fresh = {name: torch.where(finite, value, means[name]) for name, value in fresh.items()}
     if in_place:
-        torch._foreach_lerp_(old, new, share)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(list(means.values()), list(fresh.values()), share)  # pyright: ignore
     else:
-        old = between(old, new, share)
+        means = between(means, fresh, share)
     led: dict[str, Tensor] = {}
-    for nu in dict.fromkeys(leads[name] for name in names):
-        alike = [index for index, name in enumerate(names) if leads[name] == nu]
-        ahead = between([old[i] for i in alike], [new[i] for i in alike], nu)
-        led |= _led(state.lead, dict(zip([names[i] for i in alike], ahead, strict=True)), finite, full, in_place)
-    moved = dict(zip(names, old, strict=True))
-    return {"momentum": {**state.momentum, **moved}, "lead": {**state.lead, **{name: led[name] for name in names}}}
+    for nu in {leads[name] for name in fresh}:
+        # held by nothing else, each of these is let go once it is in its own precision
+        led |= _led(
+            state.lead, between(means, {n: x for n, x in fresh.items() if leads[n] == nu}, nu), finite, full, in_place
+        )
+    return {"momentum": {**state.momentum, **means}, "lead": {**state.lead, **{name: led[name] for name in fresh}}}
 
 
 def _led(
@@ -175,6 +174,7 @@ def _led(
         copy_(places, new)
     else:
         unless_(finite, places, cast({name: new[name] for name in places}, dtypes))
-    # each is let go once it is in its own precision
-    rest = {name: new.pop(name).to(dtypes[name]) for name in list(new) if name not in places}
-    return places | unless(finite, before, rest)
+    rest: dict[str, Tensor] = {}
+    for name in [name for name in new if name not in places]:
+        rest |= unless(finite, before, {name: new.pop(name).to(dtypes[name])})
+    return places | rest

@@ -90,7 +90,7 @@ class KernelNorm(Norm, ABC):
             kernel, factor = self.kernel([units[0].base], shape), factors[0] / self.factor
         else:
             kernel, factor = self.kernel([unit.dense() for unit in units], shape), 1 / self.factor
-        # what is multiplied by it, entry by entry, lies in a row
+        # contiguous, as the gradients are that it is multiplied with
         return Direction(kernel.contiguous(), factor)
 
     def dual(self, gradient: Float[Tensor, "a b *kernel"]) -> Scalar:

@@ -52,7 +52,7 @@ class Majorant:
     Args:
         t: the relative steps at which the bound was evaluated, [points]; t[0] = 0.
         bound: the network's bound at those steps.
-        divergence: B(a·(γ − 1)) at those steps, as ``divergence`` has it, [points].
+        divergence: B(a·(γ − 1)) at those steps, as ``divergence_bound`` has it, [points].
         curvature: h with B(δ) ≤ h·δ²/2, in the codomain's norm.
         descent: S ≥ 0, 0-d.
         residual: R ≥ 0, 0-d; None drops the term.
@@ -101,7 +101,7 @@ class Majorant:
         return replace(self, divergence=factor * self.divergence, curvature=factor * self.curvature)
 
 
-def divergence(bound: Bound, loss_bound: Callable[[Number], Number]) -> Float[Tensor, " points"]:
+def divergence_bound(bound: Bound, loss_bound: Callable[[Number], Number]) -> Float[Tensor, " points"]:
     """B(a·(γ(t) − 1)): what the divergence of a loss comes to at most where outputs change by as much as the growth allows.
 
     Args:

@@ -26,7 +26,7 @@ from modula_agd.curvature import curvature, mean_multiple
 from modula_agd.derivation import settled
 from modula_agd.device import precise
 from modula_agd.directed import Directed
-from modula_agd.directions import dots, pairs
+from modula_agd.directions import dots, pairs, stays_finite
 from modula_agd.error import InvalidArgument
 from modula_agd.exchange import ALONE, Exchange
 from modula_agd.forecast import forecast
@@ -276,7 +276,8 @@ class Method(Directed):
             **forecast(state, told),
         )
         # made of a gradient itself, a direction may be NaN
-        unsure = frozenset(directions if self.skips else directions.keys() - state.lead.keys())
+        sure = set() if self.skips else {name for name in state.lead if stays_finite(self.norms[name])}
+        unsure = frozenset(directions.keys() - sure)
         fading = None if self.decay is None else shares
         return Move(
             directions, gradients, tuple(self.atoms), -lengths, fading, finite if masked else None, unsure, after

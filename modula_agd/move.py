@@ -22,7 +22,8 @@ class Move(NamedTuple):
         amounts: −t·x_k·p_k·m_k·ω_k of each parameter, times the stride of rows into logits.
         shares: s_k of each parameter, the part of it that decays (``decay.py``), above 1 all of it; None without decay.
         finite: False where nothing may move; None where that has been looked at.
-        unsure: the names of directions that may be NaN where ``finite`` is False: of the others the past is finite.
+        unsure: the names of directions that may be NaN where ``finite`` is False: of the others the past is finite, and the norm's
+            direction with it.
         state: the new state, but for momentum and lead, and with the new directions even where ``finite`` is False.
     """
 
@@ -38,7 +39,7 @@ class Move(NamedTuple):
     def factors(
         self, multipliers: Each | None = None, allowed: Bool[Tensor, ""] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Scalar]]:
-        """What the base of each direction is multiplied with, and the part of each weight that decays, 1 at most; in the base's dtype.
+        """What the base of each direction is multiplied with, in its dtype, and the part of each weight that decays, 1 at most.
 
         Args:
             multipliers: of each parameter's step; 1 without.
@@ -54,5 +55,4 @@ class Move(NamedTuple):
             shares = None if shares is None else torch.where(allowed, shares, 0.0)
         factors = times(self.directions, dict(zip(self.names, amounts.unbind(), strict=True)))
         decays = {} if shares is None else dict(zip(self.names, shares.unbind(), strict=True))
-        dtypes = {name: direction.base.dtype for name, direction in self.directions.items()}
-        return cast(factors, dtypes), cast({name: decays[name] for name in dtypes if name in decays}, dtypes)
+        return cast(factors, {name: direction.base.dtype for name, direction in self.directions.items()}), decays

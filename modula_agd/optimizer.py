@@ -22,7 +22,7 @@ from modula_agd.inspection import check_gradients
 from modula_agd.lending import Lending
 from modula_agd.loss import Loss
 from modula_agd.majorisation import Evidence
-from modula_agd.many import is_finite, unless, unless_
+from modula_agd.many import cast, is_finite, unless, unless_
 from modula_agd.method import Method
 from modula_agd.move import Move
 from modula_agd.placement import data_parallel, exchange_of, local, local_gradient, reshard, skips_reduction
@@ -245,6 +245,10 @@ class AGD(Lending):
         allowed, multipliers = _allowed(move, rates), self._by_name(rates)
         applied = self._applied(move, multipliers)
         factors, shares = move.factors(applied, allowed)
+        same = {
+            n: params[n].dtype for n, u in move.directions.items() if n in shares and params[n].dtype == u.base.dtype
+        }
+        shares |= cast({name: shares[name] for name in same}, same)
         for name in move.gradients:
             entry = self.state[whole[name]]
             begun = entry.get("begun")
@@ -272,9 +276,13 @@ class AGD(Lending):
             past = {what: unless(move.finite, getattr(before, what), new) for what, new in past.items()}
             weights = torch.where(move.finite, move.state.mean_weights, before.mean_weights)
             move = move._replace(state=move.state._replace(mean_weights=weights))
-        # the optimizer's own are written over only with what is of the past
-        choose = unless if move.unsure else unless_
-        past["directions"] = choose(move.finite, before.directions, move.state.directions)
+        made = move.state.directions
+        past["directions"] = unless_(
+            move.finite, before.directions, {n: u for n, u in made.items() if n not in move.unsure}
+        )
+        past["directions"] |= unless(
+            move.finite, before.directions, {n: u for n, u in made.items() if n in move.unsure}
+        )
         due = move.state.due * self._reached(move, multipliers, applied)
         if allowed is not None:
             due, applied = torch.where(allowed, due, 0.0), torch.where(allowed, applied, 0.0)

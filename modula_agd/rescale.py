@@ -29,7 +29,7 @@ def rescale(
 
 
 def unit(x: Float[Tensor, "*shape"], dims: tuple[int, ...]) -> Float[Tensor, "*shape"]:
-    """``rescale`` for whom does not ask for the largest entries."""
+    """``rescale`` for those who do not ask for the largest entries."""
     return divided(x, peaks(x, dims))
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from modula_agd.device import precise
 from modula_agd.many import is_finite
-from modula_agd.rescale import rescale
+from modula_agd.polar import working_dtype
+from modula_agd.rescale import divided, peaks
 from modula_agd.state import State
 
 MEMORY = 0.98
@@ -35,12 +36,10 @@ Rows = Float[Tensor, " rows"]
 
 def row_squares(x: Float[Tensor, "rows cols"]) -> Rows:
     """‖x_r‖² of each row, in double precision: no square over- or underflows, and nothing of x's size is in double precision."""
-    x, wide = x.detach(), precise(x.device)
-    if x.dtype != wide:
-        # squares of shorter numbers neither over- nor underflow in it
-        return torch.linalg.vector_norm(x, dim=1, dtype=wide).square()
-    scaled, peak = rescale(x, (1,))
-    return (torch.linalg.vector_norm(scaled, dim=1) * peak.flatten()).square()
+    x, wide = x.detach().to(working_dtype(x.dtype)), precise(x.device)
+    peak = peaks(x, (1,))
+    norms = torch.linalg.vector_norm(divided(x, peak), dim=1)
+    return (norms.to(wide) * peak.flatten().to(wide)).square()
 
 
 def signal(state: State, means: Rows) -> Rows:

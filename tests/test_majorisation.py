@@ -29,7 +29,7 @@ from modula_agd import (
     UnknownBound,
 )
 from modula_agd.bound import Number
-from modula_agd.majorisation import Majorant, Search, closed_form, divergence
+from modula_agd.majorisation import Majorant, Search, closed_form, divergence_bound
 
 NETWORKS: dict[str, Module] = {
     "one atom": Linear(3, 4),
@@ -63,7 +63,7 @@ def majorant(
     points = search.points(net.bound(0.0, magnitude=magnitude, constants=constants), torch.device("cpu"))
     bound = net.bound(points, magnitude=magnitude, constants=constants)
     known = None if residual is None else scalar(residual)
-    return Majorant(points, bound, divergence(bound, loss.bound), loss.curvature.value, scalar(descent), known)
+    return Majorant(points, bound, divergence_bound(bound, loss.bound), loss.curvature.value, scalar(descent), known)
 
 
 def value(net: Module, loss: Loss, t: Number, descent: float, residual: float = 0.0, magnitude: float = 1.0) -> Number:
@@ -333,7 +333,7 @@ def test_no_descent_gives_no_step(search: Search, net: Module) -> None:
 def test_the_majorant_is_zero_at_zero_and_convex(net: Module, loss: Loss) -> None:
     bound = net.bound(torch.linspace(0, 0.5, 501, dtype=torch.float64), constants="proved")
     t = torch.linspace(0, 0.5, 501, dtype=torch.float64)
-    taken = divergence(bound, loss.bound)
+    taken = divergence_bound(bound, loss.bound)
     values = Majorant(t, bound, taken, loss.curvature.value, scalar(0.4), scalar(0.3)).values()
     assert values[0] == 0
     assert (values.diff().diff() >= -1e-12).all()

@@ -1,14 +1,17 @@
 """Many tensors at once: as one by one, but in few operations; and how few a whole step is."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modula_agd import AGD, CrossEntropy, Linear, Logits, ReLU
+from modula_agd import AGD, Atom, CrossEntropy, Features, Frobenius, Linear, Logits, Norm, ReLU, agd
 from modula_agd.directed import Directed
 from modula_agd.many import cast, copy_, is_finite, scaled, unless, unless_
+from modula_agd.norm import BlockNorm, Direction
 from support import gaussian
 
 VIEWS = {"detach", "view", "_unsafe_view", "t", "transpose", "expand", "select", "slice", "unbind", "split", "alias"}
@@ -82,6 +85,81 @@ def test_what_stays_as_it_is_is_not_touched() -> None:
     assert torch.equal(old["float32"], before)
     new = some(torch.bfloat16)
     assert unless_(None, {}, new) == new
+
+
+@dataclass(frozen=True)
+class Naive(BlockNorm):
+    """The Frobenius norm with directions as one would write them: of short gradients the squares underflow, and 0/0 is NaN."""
+
+    def factor(self, shape: torch.Size) -> float:
+        return Frobenius().factor(shape)
+
+    def dims(self, shape: torch.Size) -> tuple[int, ...]:
+        return Frobenius().dims(shape)
+
+    def direction(self, gradient: torch.Tensor) -> Direction:
+        return Direction(gradient / gradient.square().sum().sqrt(), 1 / self.factor(gradient.shape))
+
+
+@dataclass(frozen=True)
+class Naively(Atom):
+    """A linear layer in that norm."""
+
+    fan_out: int
+    fan_in: int
+
+    @property
+    def domain(self) -> Features:
+        return Features(self.fan_in)
+
+    @property
+    def codomain(self) -> Features:
+        return Features(self.fan_out)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.fan_out, self.fan_in
+
+    @property
+    def norm(self) -> Norm:
+        return Naive()
+
+    def forward(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return x @ weight.T
+
+
+@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"nonfinite": "skip"}], ids=str)
+def test_a_norm_of_ones_own_that_gives_nan_moves_nothing(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Directed, "_masked", lambda *_: True)
+    model = (Linear(Logits(5), 6) @ ReLU() @ Naively(6, 4)).to_torch(0)
+    optimizer = AGD(model, CrossEntropy(), refresh=1, **options)
+    kept = [parameter.detach().clone() for parameter in model.parameters()]
+    for length in (1e-25, 1e-25, 1e-25):
+        for index, parameter in enumerate(model.parameters()):
+            parameter.grad = gaussian(*parameter.shape, seed=index).float() * length
+        optimizer.step()
+    assert int(optimizer.current.skipped) == 3
+    assert all(torch.equal(*both) for both in zip(model.parameters(), kept, strict=True))
+    assert all(direction.isfinite().all() for direction in optimizer.current.directions.values())
+
+
+def test_an_update_is_differentiated_as_the_pure_function_that_it_is() -> None:
+    net = Linear(Logits(5), 6) @ ReLU() @ Linear(6, 4)
+    method, params = agd(net, CrossEntropy(), refresh=1), net.init(0)
+    grads = [{name: gaussian(*x.shape, seed=seed).float() for name, x in params.items()} for seed in range(2)]
+    _, state = method.update(grads[0], method.init(params), params)
+    lead = {name: x.float().requires_grad_() for name, x in state.lead.items()}
+    updates, _ = method.update(grads[1], state._replace(lead=lead), params)
+    found = torch.autograd.grad(sum(x.sum() for x in updates.values()), list(lead.values()))
+    assert all(x.isfinite().all() and x.any() for x in found)
+    with forward_ad.dual_level():
+        dual = {name: forward_ad.make_dual(x.detach(), torch.ones_like(x)) for name, x in lead.items()}
+        updates, _ = method.update(grads[1], state._replace(lead=dual), params)
+        tangents = [forward_ad.unpack_dual(x).tangent for x in updates.values()]
+    along = sum(x.sum() for x in found)
+    assert sum(x.sum() for x in tangents).item() == pytest.approx(along.item(), rel=1e-2)
 
 
 def operations(depth: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from modula_agd import RMS, Frobenius, Norm, PerTap, RowBlocks, RowNorm, Sign, Spectral, Unfolded
+from modula_agd.directions import stays_finite
 from modula_agd.norm import Direction, Transposed
 from support import DTYPES, gaussian, seeded, tolerance, with_singular_values
+from wrong_layers import Overshooting
 
 CPU = torch.device("cpu")
 CASES: dict[str, tuple[Norm, tuple[int, ...]]] = {
@@ -156,6 +158,25 @@ def test_a_stack_or_tap_without_gradient_does_not_disturb_the_others(norm: Norm,
     direction = norm.direction(gradient).dense()
     assert direction.isfinite().all()
     assert not direction[..., 0].any()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
+@each(CASES)
+def test_a_finite_gradient_of_any_length_has_a_finite_direction(
+    norm: Norm, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    assert stays_finite(norm)
+    ends = torch.finfo(dtype)
+    for length in (ends.smallest_normal / 4, ends.smallest_normal, ends.eps, 1.0, ends.max / 4):
+        gradient = gaussian(*shape).clamp(-4, 4).mul(length).to(dtype)
+        assert gradient.isfinite().all()
+        assert norm.direction(gradient).dense().isfinite().all()
+
+
+def test_of_the_norms_of_others_nobody_knows() -> None:
+    assert not stays_finite(Overshooting())
+    assert not stays_finite(RowBlocks(Transposed(Overshooting()), 2))
+    assert not stays_finite(PerTap(Overshooting(), gain=2.0))
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
