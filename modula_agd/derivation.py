@@ -25,10 +25,10 @@ from modula_agd.majorisation import Evidence, Majorant, Search, divergence_bound
 from modula_agd.network import Network
 from modula_agd.norm import Norm, RowNorm
 from modula_agd.run import Constants, Role, Weighted
-from modula_agd.sensitivity import compounding, depths
+from modula_agd.sensitivity import depths
 from modula_agd.space import Space, brief
 from modula_agd.state import Scalar, State
-from modula_agd.stretch import MOST, PLAIN
+from modula_agd.stretch import farthest
 
 
 class Plan(NamedTuple):
@@ -215,14 +215,6 @@ class Derivation:
     def _depths(self, sizes: Mapping[str, Number]) -> dict[str, float]:
         return depths(self.network, self.masses, magnitude=self.magnitude, constants=self.constants, sizes=sizes)
 
-    def _reaches(self) -> list[float]:
-        """The most that each parameter is stretched."""
-        if self.network.captured:
-            return [PLAIN] * len(self.atoms)
-        sizes = {name: atom.size for name, atom in self.atoms.items()}
-        plain = compounding(self.network, sizes, magnitude=self.magnitude, constants=self.constants)
-        return [PLAIN if x else MOST for x in plain.tolist()]
-
     def spared(self, name: str) -> Role | None:
         """The kind of a parameter that the decay leaves alone; None of one that decays, and without decay."""
         role = self.atoms[name].role
@@ -248,7 +240,8 @@ class Derivation:
             depths = masses.new_tensor(list(self._depths({}).values()) if self.balance == "measured" else [])
             strides = masses.new_tensor(list(self.strides.values()))
             fades = masses.new_tensor([self._fades(name) for name in self.atoms])
-            reaches = masses.new_tensor(self._reaches() if self.stretch == "measured" else [])
+            options = {"magnitude": self.magnitude, "constants": self.constants}
+            reaches = masses.new_tensor(farthest(self.network, **options) if self.stretch == "measured" else [])
             points, bound = self._evaluate({}, self.magnitude, device)
             least = self.network.curvature_slack
             if self._lifts:

@@ -3,7 +3,8 @@
 As many networks are asked at once as there are weights, with batched numbers in the place of sizes or masses.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -31,12 +32,15 @@ def depths(network: Network, masses: Mapping[str, float], **options: Any) -> dic
     return dict(zip(masses, found.tolist(), strict=True))
 
 
-def compounding(network: Network, sizes: Mapping[str, float], **options: Any) -> Bool[Tensor, " weights"]:
+def compounding(
+    network: Network, sizes: Mapping[str, float], vectors: Set[str] = frozenset(), **options: Any
+) -> Bool[Tensor, " weights"]:
     """Whether outputs are declared to grow with each weight, and with others at once: twice all sizes are more than twice the outputs.
 
     Args:
         network: of those weights.
-        sizes: ω_k by name.
+        sizes: ω_k by name; large, where outputs count for more than they come to at first.
+        vectors: biases and gains, which are not counted among all.
         options: of ``Network.bound``.
     """
 
@@ -44,7 +48,10 @@ def compounding(network: Network, sizes: Mapping[str, float], **options: Any) ->
         return network.bound(0.0, sizes=sizes, **options).magnitude
 
     declared = torch.tensor(list(sizes.values()), dtype=torch.float64)
-    once, twice = (float(outputs(dict(zip(sizes, x.tolist(), strict=True)))) for x in (declared, 2 * declared))
+    more = {name: size if name in vectors else 2 * size for name, size in sizes.items()}
+    once, twice = float(outputs(sizes)), float(outputs(more))
+    if math.isinf(twice):
+        return torch.ones_like(declared, dtype=torch.bool)
     # each network has one weight of twice its size
     grow = _of_each(sizes, declared * (1 + torch.eye(len(declared), dtype=torch.float64)), outputs) > SAME * once
     return grow & (twice > 2 * SAME * once)

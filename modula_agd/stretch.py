@@ -20,9 +20,10 @@ is not past e_k/4 goes further, in a run that is twice as long at most twice as 
 No weight goes less far than its portion of t: past the minimiser h_k/e_k hardly tells steps that are too long from such as serve
 (docs/trials.md). Nor does it where weights swing about a minimiser, as each swing is a slope that a step foresees and that h has not. So
 the most is ``MOST`` where outputs are declared not to grow with the weight, as something behind it normalises: the noise that long
-steps add to it makes the next ones relatively shorter. Where outputs grow with it and others at once, noise in one layer lengthens the
-steps of all others, and in plain networks of eight layers and more stretches, steps and weights drove each other up: there (twice the
-sizes of all weights are more than twice the outputs), and in captured models, of which it is not known, the most is ``PLAIN``.
+steps add to it makes the next ones relatively shorter. Where outputs grow with it and others at once (twice the sizes of all weights are
+more than twice the outputs), noise in one layer lengthens the steps of all others, and in plain networks of eight layers and more
+stretches, steps and weights drove each other up: there the most is ``PLAIN``. Captured models, whose bounds are an example's, go less
+far: to ``PLAIN`` where something normalises, and else no further than their portions.
 
 A weight some rows of which the gradient does not touch keeps its x_k: such rows move by the very gradients that
 measure them, and others see less of the way. Neither the descent nor the growth counts what a weight goes further, so that t is chosen as
@@ -38,12 +39,16 @@ from torch import Tensor
 
 from modula_agd.averaging import newest
 from modula_agd.many import is_finite
+from modula_agd.network import Network
+from modula_agd.sensitivity import compounding
 from modula_agd.state import Each, Scalar, State
 
 PAST = 1 / 4
 """h_k/e_k of a weight that goes no further."""
 MOST, PLAIN = 8.0, 2.0
 """The most that a weight goes further, and the most where outputs grow with it and others at once."""
+LARGE = 16.0
+"""Times its size that each weight of a captured model has where it is asked how outputs grow: an example's count for more at first."""
 STEADY = 3
 """Power of q with which what a step used up counts, chosen by training losses (docs/trials.md)."""
 FIRST, SOON = 20, 50
@@ -85,3 +90,21 @@ def stretched(state: State, left: Each, silent: Each, counts: Bool[Tensor, ""], 
     # one that stands still says nothing of its steps
     usable = counts & (left != 0) & (silent == 0) & (state.rates > 0) & is_finite(lag) & (steps >= FIRST)
     return {"stretches": torch.where(usable, further, state.stretches), "foreseen": promise}
+
+
+def farthest(network: Network, **options: Any) -> list[float]:
+    """The most that each weight of a network goes further.
+
+    Args:
+        network: of those weights.
+        options: of ``Network.bound``.
+    """
+    weights = network.weights()
+    sizes = {name: weight.size for name, weight in weights.items()}
+    if not network.captured:
+        return [PLAIN if x else MOST for x in compounding(network, sizes, **options).tolist()]
+    vectors = {name for name, weight in weights.items() if weight.role == "vector"}
+    large = {name: size if name in vectors else LARGE * size for name, size in sizes.items()}
+    found = dict(zip(sizes, compounding(network, large, vectors, **options).tolist(), strict=True))
+    # a bias is small beside large weights, and goes as far as they do
+    return [1.0 if x or (name in vectors and any(found.values())) else PLAIN for name, x in found.items()]

@@ -151,8 +151,27 @@ def test_weights_go_far_where_the_declared_output_does_not_grow_with_them() -> N
     assert reaches(Linear(5, 4) @ stack) == [NEAR] * 5
     assert reaches(NORMED, stretch="declared") == []
     assert reaches(RMSNorm() @ Linear(4, 6) @ Compared() @ Linear(6, 3)) == [MOST] * 2
-    captured = from_torch(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8)), gaussian(16, 4).float())
-    assert set(reaches(captured)) == {NEAR}
+
+
+def test_of_a_captured_model_weights_go_far_where_it_normalises() -> None:
+    def reaches(*layers: torch.nn.Module, shape: tuple[int, ...] = (16, 4)) -> set[float]:
+        network = from_torch(torch.nn.Sequential(*layers), gaussian(*shape).float(), scores=True)
+        return set(agd(network, CrossEntropy())._plan(torch.device("cpu")).reaches.tolist())
+
+    first, last = torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)
+    assert reaches(first, torch.nn.ReLU(), last) == {1.0}
+    assert reaches(first, torch.nn.LayerNorm(8), torch.nn.ReLU(), last) == {NEAR}
+    assert reaches(first, torch.nn.BatchNorm1d(8), torch.nn.ReLU(), last) == {NEAR}
+    assert reaches(first, torch.nn.Tanh(), last) == {1.0}
+    # one weight alone compounds nothing
+    assert reaches(torch.nn.Linear(4, 3)) == {NEAR}
+    deep = [layer for _ in range(260) for layer in (torch.nn.Linear(4, 4), torch.nn.ReLU())]
+    assert reaches(*deep, torch.nn.Linear(4, 3)) == {1.0}
+    kernels = [torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(128, 3)]
+    assert reaches(*kernels, shape=(16, 3, 6, 6)) == {1.0}
+    with torch.no_grad():
+        last.weight.zero_()
+    assert reaches(first, torch.nn.LayerNorm(8), last) == {NEAR}
 
 
 def test_steps_are_stretched_and_nothing_else_is() -> None:
