@@ -1,6 +1,5 @@
 """Many tensors at once: as one by one, but in few operations; and how few a whole step is."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -8,11 +7,12 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modula_agd import AGD, Atom, CrossEntropy, Features, Frobenius, Linear, Logits, Norm, ReLU, agd
+from modula_agd import AGD, CrossEntropy, Linear, Logits, ReLU, agd
 from modula_agd.directed import Directed
 from modula_agd.many import cast, copy_, is_finite, scaled, unless, unless_
-from modula_agd.norm import BlockNorm, Direction
+from modula_agd.norm import Direction
 from support import gaussian
+from wrong_layers import Overshooting, RowwiseLinear
 
 VIEWS = {"detach", "view", "_unsafe_view", "t", "transpose", "expand", "select", "slice", "unbind", "split", "alias"}
 VIEWS |= {"unsqueeze", "squeeze", "permute", "empty", "empty_like", "as_strided", "split_with_sizes", "diagonal"}
@@ -87,45 +87,9 @@ def test_what_stays_as_it_is_is_not_touched() -> None:
     assert unless_(None, {}, new) == new
 
 
-@dataclass(frozen=True)
-class Naive(BlockNorm):
-    """The Frobenius norm with directions as one would write them: of short gradients the squares underflow, and 0/0 is NaN."""
-
-    def factor(self, shape: torch.Size) -> float:
-        return Frobenius().factor(shape)
-
-    def dims(self, shape: torch.Size) -> tuple[int, ...]:
-        return Frobenius().dims(shape)
-
-    def direction(self, gradient: torch.Tensor) -> Direction:
-        return Direction(gradient / gradient.square().sum().sqrt(), 1 / self.factor(gradient.shape))
-
-
-@dataclass(frozen=True)
-class Naively(Atom):
-    """A linear layer in that norm."""
-
-    fan_out: int
-    fan_in: int
-
-    @property
-    def domain(self) -> Features:
-        return Features(self.fan_in)
-
-    @property
-    def codomain(self) -> Features:
-        return Features(self.fan_out)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.fan_out, self.fan_in
-
-    @property
-    def norm(self) -> Norm:
-        return Naive()
-
-    def forward(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return x @ weight.T
+def naive(norm: Overshooting, gradient: torch.Tensor) -> Direction:
+    """A direction as one would write it: of short gradients the squares underflow, and 0/0 is NaN."""
+    return Direction(gradient / gradient.square().sum().sqrt(), 1 / norm.factor(gradient.shape))
 
 
 @pytest.mark.parametrize("options", [{}, {"capturable": True}, {"nonfinite": "skip"}], ids=str)
@@ -133,7 +97,9 @@ def test_a_norm_of_ones_own_that_gives_nan_moves_nothing(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Directed, "_masked", lambda *_: True)
-    model = (Linear(Logits(5), 6) @ ReLU() @ Naively(6, 4)).to_torch(0)
+    monkeypatch.setattr(Overshooting, "direction", naive)
+    monkeypatch.setattr(RowwiseLinear, "norm", property(lambda _: Overshooting()))
+    model = (Linear(Logits(5), 6) @ ReLU() @ RowwiseLinear(6, 4)).to_torch(0)
     optimizer = AGD(model, CrossEntropy(), refresh=1, **options)
     kept = [parameter.detach().clone() for parameter in model.parameters()]
     for length in (1e-25, 1e-25, 1e-25):
