@@ -72,8 +72,14 @@ def unless(finite: Bool[Tensor, ""] | None, old: Mapping[str, Tensor], new: Mapp
     """The new tensors where ``finite``, or where that has been looked at (None); otherwise the old ones, or 0 without."""
     if finite is None:
         return dict(new)
-    before = {n: old[n].to(x.dtype) if n in old else torch.zeros_like(x) for n, x in new.items() if x is not old.get(n)}
-    return {n: torch.where(finite, x, before[n]) if n in before else x for n, x in new.items()}
+
+    def chosen(x: Tensor, before: Tensor | None) -> Tensor:
+        return (
+            x if x is before else torch.where(finite, x, torch.zeros_like(x) if before is None else before.to(x.dtype))
+        )
+
+    # one after the other, as each is as large as its weight
+    return {name: chosen(x, old.get(name)) for name, x in new.items()}
 
 
 def unless_(finite: Bool[Tensor, ""] | None, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
