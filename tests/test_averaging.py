@@ -167,6 +167,25 @@ def test_the_average_lies_nearer_to_the_minimum_than_noisy_weights() -> None:
     assert mean < 0.7 * sum(distances[-100:]) / 100
 
 
+def test_running_statistics_may_be_renewed_while_the_model_holds_averages() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    batches = [gaussian(16, 6, seed=seed).float() for seed in range(4)]
+    optimizer = AGD(model, CrossEntropy(), example_inputs=batches[0])
+    for x in batches:
+        optimizer.zero_grad()
+        CrossEntropy()(model(x), torch.arange(16) % 3).backward()
+        optimizer.step()
+    live = {name: x.clone() for name, x in model.named_buffers()}
+    with optimizer.averaged():
+        mean = model[1].running_mean.clone()
+        torch.optim.swa_utils.update_bn(batches, model)
+        features = torch.cat([model[0](x) for x in batches])
+        torch.testing.assert_close(model[1].running_mean, features.mean(0))
+        assert not torch.equal(model[1].running_mean, mean)
+    assert same(dict(model.named_buffers()), live)
+
+
 def test_running_statistics_are_found_where_the_model_has_them_now() -> None:
     model = ResNet8(Logits(3), 1, width=4).to_torch(0)
     optimizer = AGD(model, CrossEntropy())
