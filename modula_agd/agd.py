@@ -80,9 +80,9 @@ def agd(
             and rows into logits sqrt(i) times as far as a unit step (``row_signal.py``), or "declared", all at full length. "auto" is
             measured where there is momentum, but for a captured model, whose bound has the alignment of its example.
         stretch: "measured", weights whose way from the averaged weights still leads downhill go up to 8 times as far, and up to twice
-            where outputs grow with several weights at once (of a captured model twice, and there not at all; ``stretch.py``), where
-            ``update`` is given averaged weights, as ``AGD`` and the command line do; or "declared", none does. "auto" is measured where
-            there is momentum.
+            where outputs grow with several weights at once; those of a captured model up to twice, and not at all where outputs grow so
+            (``stretch.py``). It asks for averaged weights, which ``AGD`` and the command line give ``update``. With "declared" none
+            goes further. "auto" is measured where there is momentum.
 
     Raises:
         InvalidArgument: an option is unknown, or contradicts the search.

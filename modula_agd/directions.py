@@ -4,6 +4,8 @@ A direction made of past gradients may be used for several steps: it keeps its u
 not seen, still measures the descent along it. So a polar factor, which costs about 18·min(o, i) multiplications for each entry of
 a matrix [o, i], need not be taken anew at every step. With a *period* r a weight's direction is renewed at each of its first r
 steps and then every r-th, different weights at different steps, so that steps cost alike.
+
+What a step asks of all directions (products with gradients, numbers that they are multiplied with) is asked of many at once, too.
 """
 
 from collections.abc import Callable, Mapping, Sequence

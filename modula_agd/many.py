@@ -5,7 +5,7 @@ may be written over (the trailing underscore).
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import torch
 from jaxtyping import Bool, Float
@@ -82,11 +82,24 @@ def unless(finite: Bool[Tensor, ""] | None, old: Mapping[str, Tensor], new: Mapp
     return {name: chosen(x, old.get(name)) for name, x in new.items()}
 
 
-def unless_(finite: Bool[Tensor, ""] | None, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same, written over the old tensors that are of a new one's dtype. Of such, both are finite, and both are written over."""
+def unless_(
+    finite: Bool[Tensor, ""] | None,
+    old: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    unsure: Set[str] = frozenset(),
+) -> dict[str, Tensor]:
+    """The same, written over the old tensors that are of a new one's dtype.
+
+    Args:
+        finite: as for ``unless``.
+        old: finite.
+        new: finite, but for those that are unsure; what is written over an old one is written over, too.
+        unsure: names of new ones that nothing is written over with, as NaN times 0 is NaN.
+    """
     if finite is None:
         return dict(new)
-    names = [name for name, x in new.items() if name in old and x is not old[name] and x.dtype == old[name].dtype]
+    both = {n: x for n, x in new.items() if n in old and n not in unsure}
+    names = [name for name, x in both.items() if x is not old[name] and x.dtype == old[name].dtype]
     for dtype in {old[name].dtype for name in names}:
         olds, news = ([x[name] for name in names if old[name].dtype == dtype] for x in (old, new))
         passes = finite.to(dtype)

@@ -276,13 +276,7 @@ class AGD(Lending):
             past = {what: unless(move.finite, getattr(before, what), new) for what, new in past.items()}
             weights = torch.where(move.finite, move.state.mean_weights, before.mean_weights)
             move = move._replace(state=move.state._replace(mean_weights=weights))
-        made = move.state.directions
-        past["directions"] = unless_(
-            move.finite, before.directions, {n: u for n, u in made.items() if n not in move.unsure}
-        )
-        past["directions"] |= unless(
-            move.finite, before.directions, {n: u for n, u in made.items() if n in move.unsure}
-        )
+        past["directions"] = unless_(move.finite, before.directions, move.state.directions, move.unsure)
         due = move.state.due * self._reached(move, multipliers, applied)
         if allowed is not None:
             due, applied = torch.where(allowed, due, 0.0), torch.where(allowed, applied, 0.0)

@@ -87,6 +87,14 @@ def test_what_stays_as_it_is_is_not_touched() -> None:
     assert unless_(None, {}, new) == new
 
 
+def test_what_may_be_nan_is_written_over_nothing() -> None:
+    old, new = some(torch.float32), {"float32": torch.full((3, 4), torch.nan)}
+    before = old["float32"].clone()
+    found = unless_(torch.tensor(False), old, new, {"float32"})
+    assert torch.equal(found["float32"], before)
+    assert torch.equal(old["float32"], before)
+
+
 def naive(norm: Overshooting, gradient: torch.Tensor) -> Direction:
     """A direction as one would write it: of short gradients the squares underflow, and 0/0 is NaN."""
     return Direction(gradient / gradient.square().sum().sqrt(), 1 / norm.factor(gradient.shape))
