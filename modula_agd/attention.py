@@ -24,15 +24,19 @@ from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
 from modula_agd import bound as algebra
 from modula_agd.bound import Bound, Gain, Number
+from modula_agd.device import own_generator
+from modula_agd.dropout import Dropout, dropped, probability, source
 from modula_agd.error import InvalidArgument, SpaceMismatch
-from modula_agd.layer import Atom, Bond, LinearBond
+from modula_agd.layer import Atom, Bond, LinearBond, applied
 from modula_agd.module import parts_of
 from modula_agd.norm import Norm, RowBlocks, Spectral
+from modula_agd.run import EVALUATION, Parameters, Run, Step
 from modula_agd.space import Heads, Mask, Sequence, Space, Tuple, finite, flag, positive
 
 
@@ -46,6 +50,11 @@ def _empties_a_row(seen: Tensor) -> bool:
         return not bool(seen.any(-1).all())
     except RuntimeError:
         return False
+
+
+def _earlier(q: Tensor, k: Tensor) -> Tensor:
+    """Which positions come no later than each."""
+    return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
 
 
 def _splitting(heads: int) -> Gain:
@@ -187,20 +196,27 @@ class Attention(Bond):
     Takes (q, k, v), or ((q, k, v), mask) where a ``Mask`` says which positions are no padding. Its bound is that of
     ``bound.attention``: neither causal nor padding masks change it.
 
+    Dropout zeroes weights, in training alone, and divides the others by 1 − p. For one mask, weights that sum to 1 sum to at most
+    1/(1 − p) then, so its bound is that of ``Dropout`` of the result. Masks of torch's own generator are drawn in that function, others
+    here, where weights take memory for all pairs of positions.
+
     Args:
         causal: whether a position sees itself and earlier ones alone.
         scale: σ₀ > 0; 1/d by default, which keeps scores of unit queries and keys within ±1.
+        dropout: p, 0 ≤ p < 1, of each weight.
 
     Raises:
-        InvalidArgument: the scale is no finite number above 0, or ``causal`` no flag.
+        InvalidArgument: a number is out of range, or ``causal`` no flag.
     """
 
     causal: bool = field(default=False, kw_only=True)
     scale: float | None = field(default=None, kw_only=True)
+    dropout: float = field(default=0.0, kw_only=True)
     at_zero: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         flag("causal of an Attention", self.causal)
+        probability(self.dropout, "the dropout of an Attention")
         if self.scale is not None and not (finite(self.scale) and self.scale > 0):
             raise InvalidArgument(f"Attention was given scale={self.scale!r}; a score scale is a finite number > 0")
 
@@ -248,11 +264,34 @@ class Attention(Bond):
             return parts_of(self, projected, 3), mask
         return parts_of(self, x, 3), None
 
+    def propagate(self, x: Any, step: Step, path: str = "") -> Any:
+        bound = super().propagate(x, step, path)
+        return Dropout(self.dropout).propagate(bound, step, path) if self.dropout else bound
+
+    def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Any:
+        if not (run.training and self.dropout):
+            return super().apply(params, x, path, run)
+        generator = source(self, run)
+        return applied(self, lambda: self._attended(x, generator), x)
+
     def forward(self, x: Any) -> Any:
+        return self._attended(x)
+
+    def _attended(self, x: Any, generator: torch.Generator | None = None) -> Tensor:
+        """What each position attends to, some of it dropped where there is a source of masks."""
         (q, k, v), mask = self._parted(x)
         scale = 1 / q.shape[-1] if self.scale is None else self.scale
-        if mask is None:
-            return functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=scale)
+        seen = None if mask is None else self._seen(mask, q, k)
+        if generator is not None and generator is not own_generator(q.device):
+            return self._weighed(q, k, scale, seen, generator) @ v
+        share = 0.0 if generator is None else self.dropout
+        causal = self.causal and seen is None
+        return functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=causal, scale=scale, dropout_p=share
+        )
+
+    def _seen(self, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Which positions each may attend to, where some are padding."""
         if mask.dtype != torch.bool:
             # torch would add numbers to the scores, which hides nothing
             raise SpaceMismatch(
@@ -260,14 +299,28 @@ class Attention(Bond):
             )
         seen = mask[..., None, None, :]
         if self.causal:
-            seen = seen & torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+            seen = seen & _earlier(q, k)
         if _empties_a_row(seen):
             raise InvalidArgument(
                 f"{self!r} was given a mask that leaves a position nothing to attend to. Let every sequence have a position "
                 "that is no padding, and with causal masks pad at the end."
             )
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+        return seen
+
+    def _weighed(
+        self, q: Tensor, k: Tensor, scale: float, seen: Tensor | None, generator: torch.Generator
+    ) -> Float[Tensor, "*batch heads queries keys"]:
+        """The weights, some of them dropped."""
+        scores = (q * scale) @ k.mT
+        if seen is None and self.causal:
+            seen = _earlier(q, k)
+        if seen is None:
+            return dropped(scores.softmax(-1), self.dropout, generator)
+        # the second filling is for a position that sees nothing, to which the first has given equal weights
+        hidden = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~seen, 0.0)
+        return dropped(hidden, self.dropout, generator)
 
     def __repr__(self) -> str:
         given = [f"causal={self.causal}"] * self.causal + [f"scale={self.scale}"] * (self.scale is not None)
+        given += [f"dropout={self.dropout}"] * bool(self.dropout)
         return f"Attention({', '.join(given)})"

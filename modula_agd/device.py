@@ -1,4 +1,4 @@
-"""Devices: which are usable, and how precisely each can compute."""
+"""Devices: which are usable, how precisely each can compute, and what each draws from."""
 
 import torch
 
@@ -13,6 +13,15 @@ def precise(device: torch.device) -> torch.dtype:
 def exact(device: torch.device) -> torch.autocast:
     """A context in which autocast leaves products as precise as their operands are."""
     return torch.autocast(device.type, enabled=False)
+
+
+def own_generator(device: torch.device) -> torch.Generator | None:
+    """The generator that torch's functions draw from on a device; None where it shows none."""
+    if device.type == "cpu":
+        return torch.default_generator
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return None
 
 
 def usable(name: str | torch.device) -> torch.device:

@@ -10,8 +10,40 @@ from torch import Tensor
 from modula_agd.bound import Gain
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.layer import LinearBond, applied
+from modula_agd.module import Module
 from modula_agd.run import EVALUATION, Parameters, Run
 from modula_agd.space import Mask, Space, Tokens, finite
+
+
+def probability(given: object, of: str) -> None:
+    """Check a share of entries to drop.
+
+    Raises:
+        InvalidArgument: it is not at least 0 and below 1.
+    """
+    if not (finite(given) and 0 <= given < 1):  # pyright: ignore[reportOperatorIssue]
+        raise InvalidArgument(f"{of} was given the probability {given!r}, which must be at least 0 and below 1")
+
+
+def source(module: Module, run: Run) -> torch.Generator:
+    """Where a training pass draws the masks of ``module`` from.
+
+    Raises:
+        InvalidArgument: it was given none.
+    """
+    if run.generator is None:
+        raise InvalidArgument(
+            f"{module!r} was trained without a source of randomness. Pass a torch.Generator on the batch's device: "
+            "method.objective(params, inputs, targets, generator), network.run(params, inputs, generator=generator), "
+            "model.generator = generator."
+        )
+    return run.generator
+
+
+def dropped(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Each entry zeroed with probability ``share``, the others divided by what is left of 1."""
+    kept = torch.rand(x.shape, generator=generator, device=x.device) >= share
+    return x * kept / (1 - share)
 
 
 @dataclass(frozen=True)
@@ -30,10 +62,7 @@ class Dropout(LinearBond):
     probability: float
 
     def __post_init__(self) -> None:
-        if not (finite(self.probability) and 0 <= self.probability < 1):
-            raise InvalidArgument(
-                f"Dropout was given the probability {self.probability!r}, which must be at least 0 and below 1"
-            )
+        probability(self.probability, "Dropout")
 
     @property
     def gain(self) -> Gain:
@@ -64,17 +93,8 @@ class Dropout(LinearBond):
     def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Any:
         if not run.training or self.probability == 0:
             return x
-        if run.generator is None:
-            raise InvalidArgument(
-                f"{self!r} was trained without a source of randomness. Pass a torch.Generator on the batch's device: "
-                "method.objective(params, inputs, targets, generator), network.run(params, inputs, generator=generator), "
-                "model.generator = generator."
-            )
-        return applied(self, lambda: self._dropped(x, run.generator), x)
-
-    def _dropped(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.probability
-        return x * kept / (1 - self.probability)
+        generator = source(self, run)
+        return applied(self, lambda: dropped(x, self.probability, generator), x)
 
     def __repr__(self) -> str:
         return f"Dropout({self.probability:g})"

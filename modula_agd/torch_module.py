@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from modula_agd.device import own_generator
 from modula_agd.error import InvalidArgument
 
 
@@ -68,7 +69,7 @@ class TorchModule(nn.Module):
         if not self.training:
             return self.network(params, x, buffers)
         device = next((value.device for value in params.values()), torch.device("cpu"))
-        generator = self.generator or _default_generator(device)
+        generator = self.generator or own_generator(device)
         outputs, renewed = self.network.run(params, x, buffers, generator)
         with torch.no_grad():
             for name, value in renewed.items():
@@ -77,12 +78,3 @@ class TorchModule(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self.network)
-
-
-def _default_generator(device: torch.device) -> torch.Generator | None:
-    """torch's own generator for a device."""
-    if device.type == "cpu":
-        return torch.default_generator
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index or 0]
-    return None

@@ -30,7 +30,9 @@ MIXING = 1 / 3
 """What the output of attention is multiplied by: queries, keys and values each pass a change on (Large et al. 2024)."""
 
 
-def self_attention(width: int, heads: int, *, causal: bool = False, rotary: bool = False, bias: bool = False) -> Module:
+def self_attention(
+    width: int, heads: int, *, causal: bool = False, rotary: bool = False, bias: bool = False, dropout: float = 0.0
+) -> Module:
     """Multi-head self-attention on a Sequence: Linear @ Attention @ QKV, its output times 1/3.
 
     Args:
@@ -39,6 +41,7 @@ def self_attention(width: int, heads: int, *, causal: bool = False, rotary: bool
         causal: whether a position sees itself and earlier ones alone.
         rotary: whether queries and keys are turned by their positions.
         bias: whether each projection is followed by a Bias.
+        dropout: probability, of attention's weights.
     """
     positive("the width of a transformer", width)
     positive("the number of heads", heads)
@@ -51,7 +54,7 @@ def self_attention(width: int, heads: int, *, causal: bool = False, rotary: bool
         projected = each(Bias(space), Bias(space), Bias(space)) @ projected
     if rotary:
         projected = each(Rotary(), Rotary(), Identity()) @ projected
-    attended = MergeHeads() @ Attention(causal=causal) @ projected
+    attended = MergeHeads() @ Attention(causal=causal, dropout=dropout) @ projected
     return (MIXING * linear(Sequence(width), Sequence(width), bias)) @ attended
 
 
@@ -82,7 +85,7 @@ def Transformer(
         form: "convex" residual connections, or "sum".
         bias: whether each Linear is followed by a Bias.
         affine: whether each normalisation is followed by a scale and a bias.
-        dropout: probability, on the output of each block.
+        dropout: probability, of attention's weights and of the output of each block.
 
     Raises:
         InvalidArgument: a number is out of range, the heads do not divide the width, or a choice is none of those named.
@@ -97,13 +100,15 @@ def Transformer(
         mlp = linear(space, hidden, bias) @ (math.sqrt(2) * GELU()) @ linear(hidden, space, bias)
     else:
         mlp = SwiGLU(space, hidden.width, bias=bias)
-    attention = self_attention(width, heads, causal=causal, rotary=rotary, bias=bias)
+    attention = self_attention(width, heads, causal=causal, rotary=rotary, bias=bias, dropout=dropout)
     norm = normalised(LayerNorm(), space, affine)
-    drop = Dropout(dropout).bind(space)
-    branches = [branch @ norm for branch in (attention, mlp)]
-    if dropout:
-        branches = [drop @ branch for branch in branches]
+    branches = [_dropping(dropout, branch) @ norm for branch in (attention, mlp)]
     return norm @ residual(tuple(branches), blocks, form=form)
+
+
+def _dropping(share: float, module: Module) -> Module:
+    """A module, and dropout of what it gives, if any."""
+    return Dropout(share) @ module if share else module
 
 
 def GPT(
@@ -116,6 +121,7 @@ def GPT(
     tied: bool = False,
     rotary: bool = False,
     bias: bool = False,
+    dropout: float = 0.0,
     **options: object,
 ) -> Module:
     """A causal transformer over tokens, with scores of the next one in ``Logits(tokens)`` at each position.
@@ -129,6 +135,7 @@ def GPT(
         tied: whether the head has the embedding's weight.
         rotary: rotary positions instead of learned ones, which are averaged with the embedding.
         bias: whether each Linear is followed by a Bias; a tied head has none.
+        dropout: probability, as for ``Transformer`` and of what the first block is given, as in GPT-2 (Radford et al. 2019).
         options: as for ``Transformer``.
 
     Raises:
@@ -144,8 +151,8 @@ def GPT(
         embedding, head = Shared("embedding", embedding), Shared("embedding", Unembedding(tokens, width))
     if not rotary:
         embedding = 0.5 * embedding + 0.5 * Positions(width, context)
-    body = Transformer(width, heads, blocks, causal=True, rotary=rotary, bias=bias, **options)  # pyright: ignore
-    return head @ body @ embedding
+    body = Transformer(width, heads, blocks, causal=True, rotary=rotary, bias=bias, dropout=dropout, **options)  # pyright: ignore
+    return head @ body @ _dropping(dropout, embedding)
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,7 @@ def ViT(
     side: int = 32,
     *,
     bias: bool = False,
+    dropout: float = 0.0,
     **options: object,
 ) -> Module:
     """A vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929): patches, learned positions, mean over positions.
@@ -191,6 +199,7 @@ def ViT(
         patch: side of a patch in pixels, which divides the side of the image.
         side: of the images in pixels.
         bias: whether each Linear and the patch embedding are followed by a Bias.
+        dropout: probability, as for ``Transformer`` and of what the first block is given.
         options: as for ``Transformer``.
 
     Raises:
@@ -205,5 +214,5 @@ def ViT(
     if bias:
         patches = Bias(Image(width)) @ patches
     positioned = (0.5 * Identity() + 0.5 * Positions(width, (side // patch) ** 2)) @ ToSequence() @ patches
-    body = Transformer(width, heads, blocks, bias=bias, **options)  # pyright: ignore[reportArgumentType]
-    return linear(outputs, width, bias) @ Mean() @ body @ positioned @ _Sized(side)
+    body = Transformer(width, heads, blocks, bias=bias, dropout=dropout, **options)  # pyright: ignore[reportArgumentType]
+    return linear(outputs, width, bias) @ Mean() @ body @ _dropping(dropout, positioned) @ _Sized(side)

@@ -15,6 +15,7 @@ from modula_agd import (
     Attention,
     Bias,
     Bound,
+    Dropout,
     Features,
     Grade,
     Heads,
@@ -190,6 +191,102 @@ def test_gradients_through_masked_attention_are_those_of_finite_differences() ->
     leaf = weight.clone().requires_grad_()
     value(leaf).backward()
     torch.testing.assert_close(leaf.grad, slope)
+
+
+# -- dropout ---------------------------------------------------------------------------------------------------------------
+
+
+def kept(p: float, *shape: int, seed: int = 0) -> Tensor:
+    """What dropout multiplies weights of that shape with."""
+    return (torch.rand(shape, generator=seeded(seed)) >= p) / (1 - p)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_weights_are_dropped_after_the_softmax(causal: bool, padded: bool) -> None:
+    qkv, mask = projected(batch=3), torch.arange(5) < torch.tensor([[5], [3], [1]])
+    seen = torch.ones(3, 2, 5, 5, dtype=torch.bool)
+    seen = seen.tril() if causal else seen
+    seen = seen & mask[:, None, None] if padded else seen
+    attention = Attention(causal=causal, dropout=0.4).bind(Tuple((THREE, Mask())) if padded else THREE)
+    out = attention.run({}, (qkv, mask) if padded else qkv, generator=seeded())[0]
+    scores = (torch.einsum("bhqd,bhkd->bhqk", *qkv[:2]) / 3).masked_fill(~seen, -math.inf)
+    torch.testing.assert_close(out, (scores.softmax(-1) * kept(0.4, 3, 2, 5, 5)) @ qkv[2])
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["a generator", "torch's own"])
+def test_dropped_weights_are_right_in_the_mean_and_whole_in_evaluation(own: bool) -> None:
+    q, k, v = projected(batch=1)
+    many = tuple(part.expand(4000, -1, -1, -1) for part in (q, k, v))
+    attention, whole = (
+        Attention(causal=True, dropout=0.4).bind(THREE),
+        Attention(causal=True).bind(THREE)({}, (q, k, v)),
+    )
+    generator = torch.default_generator if own else torch.Generator()
+    first, again, other = (attention.run({}, many, generator=generator.manual_seed(seed))[0] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    # the first position sees itself alone: a share p of its outputs is 0
+    alone = first[:, :, 0].abs().sum(-1) == 0
+    assert float(alone.double().mean()) == pytest.approx(0.4, abs=5 * math.sqrt(0.24 / 8000))
+    # five standard errors of the mean, of what each weight adds to the variance at most
+    error = 5 * math.sqrt(0.4 / 0.6 / 4000) * float(v.abs().max())
+    torch.testing.assert_close(first.mean(0, keepdim=True), whole, rtol=0, atol=error)
+    assert torch.equal(attention({}, (q, k, v)), whole)
+
+
+def test_dropped_weights_draw_from_their_generator_alone_and_need_one() -> None:
+    attention, qkv = Attention(dropout=0.4).bind(THREE), projected()
+    before = torch.get_rng_state()
+    attention.run({}, qkv, generator=seeded())
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(InvalidArgument, match=r"Attention\(dropout=0\.4\).*torch\.Generator"):
+        attention.run({}, qkv)
+    # nothing to drop, nothing to draw
+    assert torch.equal(Attention().bind(THREE).run({}, qkv)[0], Attention().bind(THREE)({}, qkv))
+
+
+def test_what_sees_nothing_comes_out_as_0_where_no_host_may_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modula_agd.attention._empties_a_row", lambda seen: False)
+    attention = Attention(dropout=0.4).bind(Tuple((THREE, Mask())))
+    qkv = tuple(part.requires_grad_() for part in projected(batch=1, time=3))
+    out = attention.run({}, (qkv, torch.zeros(1, 3, dtype=torch.bool)), generator=seeded())[0]
+    assert torch.equal(out, torch.zeros_like(out))
+    grads = torch.autograd.grad(out.sum(), qkv)
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+
+
+def test_gradients_through_dropped_weights_are_those_of_finite_differences() -> None:
+    net = MergeHeads() @ Attention(causal=True, dropout=0.3) @ QKV(2, 3, 6)
+    weight, x, aim, along = (
+        net.init(0, **F64)["0.weight"],
+        gaussian(2, 4, 6),
+        gaussian(2, 4, 6, seed=9),
+        gaussian(18, 6),
+    )
+
+    def value(w: Tensor) -> Tensor:
+        return (net.run({"0.weight": w}, x, generator=seeded())[0] * aim).sum()
+
+    slope = torch.func.grad(value)(weight)
+    assert float((slope * along).sum()) == pytest.approx(central(value, weight, along), rel=1e-7)
+
+
+@pytest.mark.parametrize("constants", ["proved", "typical"])
+def test_dropped_weights_are_bounded_like_dropped_outputs(constants: Any) -> None:
+    dropped = (Attention(dropout=0.36) @ QKV(2, 3, 6)).bound(0.1, constants=constants)
+    expected = (Dropout(0.36) @ Attention() @ QKV(2, 3, 6)).bound(0.1, constants=constants)
+    assert dropped.magnitude == pytest.approx(expected.magnitude)
+    assert (dropped.growth, dropped.depth, dropped.error) == (expected.growth, expected.depth, expected.error)
+    # 1/(1 − p), or its root
+    whole = (Attention() @ QKV(2, 3, 6)).bound(0.1, constants=constants)
+    assert dropped.magnitude == pytest.approx(whole.magnitude / (0.64 if constants == "proved" else 0.8))
+
+
+@pytest.mark.parametrize("wrong", [1, -0.1, True, None, "0.5", float("nan")])
+def test_a_share_of_weights_to_drop_is_below_1(wrong: Any) -> None:
+    with pytest.raises(InvalidArgument, match=r"dropout of an Attention.*below 1"):
+        Attention(dropout=wrong)
 
 
 # -- the bound -------------------------------------------------------------------------------------------------------------
@@ -427,6 +524,7 @@ def test_a_projection_into_heads_takes_a_sequence() -> None:
         MergeHeads(),
         Attention(),
         Attention(causal=True, scale=0.5),
+        Attention(causal=True, dropout=0.1),
     ],
 )
 def test_a_repr_is_the_expression_that_builds_it(module: Module) -> None:

@@ -29,8 +29,8 @@ ROWS = (
     ("network",),
     ("module",),
     ("layer", "loss"),
-    ("wiring",),
-    ("atom", "attention", "bond", "convolution", "dropout", "normalisation", "pooling", "position"),
+    ("dropout", "wiring"),
+    ("atom", "attention", "bond", "convolution", "normalisation", "pooling", "position"),
     (
         "averaging",
         "balance",

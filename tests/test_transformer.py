@@ -166,7 +166,23 @@ def test_a_vision_transformer_sees_every_pixel_and_where_it_is() -> None:
     torch.testing.assert_close(net(blind, moved), net(blind, x))
 
 
-def test_dropout_acts_on_blocks_in_training_alone() -> None:
+@pytest.mark.parametrize(
+    ("build", "embeddings"),
+    [
+        (lambda **options: GPT(11, 8, 2, 3, 6, **options), 1),
+        (lambda **options: ViT(Logits(3), 8, 2, 3, 3, 4, 8, **options), 1),
+        (lambda **options: Transformer(8, 2, 3, **options), 0),
+    ],
+    ids=["GPT", "ViT", "Transformer"],
+)
+def test_dropout_is_of_embeddings_attention_and_blocks(build: Callable[..., Module], embeddings: int) -> None:
+    text = repr(build(dropout=0.25))
+    assert text.count("dropout=0.25") == 3
+    assert text.count("Dropout(0.25)") == 2 * 3 + embeddings
+    assert "ropout" not in repr(build())
+
+
+def test_dropout_acts_in_training_alone() -> None:
     net, dropped = GPT(11, 8, 2, 1, 6), GPT(11, 8, 2, 1, 6, dropout=0.5)
     values = dropped.init(0).values()
     assert torch.equal(dropped(dropped.init(0), IDS), net(dict(zip(net.init(0), values, strict=True)), IDS))

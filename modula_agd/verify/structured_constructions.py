@@ -42,6 +42,10 @@ STRUCTURED: dict[str, Construction] = {
     "Attention": Construction(Attention().bind(_QKV), {"growth": _TUG}, STATIC | _UNLIKE),
     "Attention, causal": Construction(Attention(causal=True, scale=0.5).bind(_QKV), loose=STATIC | _UNLIKE | _HIDDEN),
     "Attention, padded": Construction(Attention().bind(Tuple((_QKV, Mask()))), loose=STATIC | _UNLIKE | _HIDDEN),
+    "Attention, dropped": Construction(
+        Attention(causal=True, dropout=0.3).bind(_QKV),
+        loose=STATIC | _UNLIKE | {"growth": "attained where nothing is dropped by chance"},
+    ),
     "QKV": Construction(Take(0) @ QKV(2, 3, 4), dict.fromkeys(("magnitude", "growth", "second order"), SPIKES)),
     "QKV per head": Construction(Take(1) @ QKV(2, 3, 4, per_head=True)),
     "Linear into Heads": Construction(Linear(Heads(2, 3), Sequence(4))),
