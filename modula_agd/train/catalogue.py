@@ -12,7 +12,6 @@ from modula_agd.train.data import HUB, NAMES, classification
 from modula_agd.train.image_folder import IMAGENET, image_folder
 from modula_agd.train.image_task import ImageTask
 from modula_agd.train.stream_task import StreamTask
-from modula_agd.train.task import Task
 from modula_agd.train.text import SHAKESPEARE, TEXT, characters
 from modula_agd.train.text_task import TextTask
 
@@ -72,7 +71,7 @@ def task(
     flat: bool = False,
     device: torch.device | str = "cpu",
     **options: int | bool,
-) -> Task:
+) -> ImageTask | StreamTask | TextTask:
     """Open a data set by its name.
 
     Args:

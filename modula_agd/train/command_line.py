@@ -23,17 +23,19 @@ from modula_agd.train.continuing import clock, finished
 from modula_agd.train.extras import require
 from modula_agd.train.facts import TextFacts
 from modula_agd.train.journal import read
-from modula_agd.train.loop import Outcome, Schedule, train
+from modula_agd.train.loop import EVALUATION_BATCH, Outcome, Schedule, train
 from modula_agd.train.objective import LOSSES
 from modula_agd.train.options import DATA_OPTIONS, METHOD, METHODS_ABOUT, NETWORK_OPTIONS, add_train, filled, given
 from modula_agd.train.plot import plot
 from modula_agd.train.ranks import ONE, Ranks, gathered, restarts
 from modula_agd.train.recipe import Recipe
 from modula_agd.train.record import NotSaved
+from modula_agd.train.restore import restore
 from modula_agd.train.resuming import resumption
 from modula_agd.train.run_folder import Evaluation, RunFolder, fresh
 from modula_agd.train.task import Task
 from modula_agd.train.text import TEXT
+from modula_agd.train.trainer import judged
 
 _SIGNALLED = 128
 """A shell's exit status of a process that a signal ended is this, and the signal's number."""
@@ -50,7 +52,7 @@ def configure(command: argparse.ArgumentParser) -> None:
         f"{METHOD}: {METHODS_ABOUT[METHOD]}."
     )
     command.epilog = (
-        "The run folder receives log.jsonl, checkpoint.safetensors, config.json and plot.png. "
+        "The run folder receives log.jsonl, checkpoint.safetensors, config.json and plot.png, with --hold-out best.safetensors. "
         "Example: modula-agd train --data mnist --data-dir data --depth 3 --width 512 --epochs 5"
     )
     command.set_defaults(run=run)
@@ -89,7 +91,8 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> int:
         return _told_to_be_finished(options, sizes, saved, folder) if ranks.first else 0
 
     with _explained(folder):
-        source = task(options.data, options.data_dir, flat=architecture.takes == "rows", device=device, **data)
+        whole = task(options.data, options.data_dir, flat=architecture.takes == "rows", device=device, **data)
+        source = whole.apart(options.hold_out) if options.hold_out else whole
     loss = LOSSES[options.loss]
     # Cross-entropy's bound is proved in the maximum norm, that of Logits; AGD as published knows no such space.
     logits = isinstance(loss, CrossEntropy) and options.method != "agd"
@@ -120,6 +123,7 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> int:
             config=config,
             resume=saved,
             progress=ranks.first and not options.quiet,
+            best=bool(options.hold_out),
             ranks=ranks,
         )
     if not ranks.first:
@@ -131,6 +135,9 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> int:
             f"checkpoint before: modula-agd train --resume {folder.path}"
         )
     _draw(options, sizes, outcome.history, folder)
+    if options.hold_out and outcome.stopped is None:
+        with _explained(folder):
+            _judge_best(folder, method, whole, max(schedule.batch_size, EVALUATION_BATCH))
     return 0 if outcome.stopped is None else _SIGNALLED + outcome.stopped
 
 
@@ -201,13 +208,23 @@ def _report(outcome: Outcome, folder: RunFolder, source: Task) -> None:
         print(kept if outcome.saved else "", file=sys.stderr)
     if outcome.history:
         last = outcome.history[-1]
-        loss = "not finite" if last.val_loss is None else f"{last.val_loss:.4f}"
-        accuracy = "accuracy" if kind(source.facts.name) == "images" else "accuracy of the next character"
-        print(
-            f"{source.held_out} {accuracy} {last.val_accuracy:.2%}, {source.held_out} loss {loss} "
-            f"at step {last.step:,} ({last.seconds:.1f} s)"
-        )
+        print(f"{_told(source, last.val_loss, last.val_accuracy)} at step {last.step:,} ({last.seconds:.1f} s)")
     print(f"run folder: {folder.path}")
+
+
+def _judge_best(folder: RunFolder, method: Method, whole: Task, batch_size: int) -> None:
+    """Look at what is held out, once, with the weights that were best on what was set apart."""
+    kept = restore(folder.path, whole.device, best=True)
+    meter = judged(method, kept.average, whole, batch_size)
+    assert meter is not None
+    print(f"by the weights of step {kept.step:,}, the best on what was set apart: {_told(whole, *meter.means())}")
+
+
+def _told(source: Task, loss: float | None, accuracy: float | None) -> str:
+    """What the held-out data say."""
+    what = "accuracy" if kind(source.facts.name) == "images" else "accuracy of the next character"
+    of, told = source.held_out, "not finite" if loss is None else f"{loss:.4f}"
+    return f"{of} {what} {'not finite' if accuracy is None else f'{accuracy:.2%}'}, {of} loss {told}"
 
 
 def _told_to_be_finished(

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from modula_agd.error import InvalidArgument
+from modula_agd.train.apart import drawn_apart, fingerprint_apart
 from modula_agd.train.extras import require
 from modula_agd.train.facts import ImageFacts, measured
 from modula_agd.train.fingerprint import digest
@@ -34,6 +35,11 @@ class Examples(NamedTuple):
     def to(self, device: torch.device | str) -> "Examples":
         """The same examples on another device."""
         return Examples(self.inputs.to(device), self.labels.to(device))
+
+    def of(self, chosen: Int[Tensor, " chosen"]) -> "Examples":
+        """Some of the examples, by their index."""
+        where = chosen.to(self.labels.device)
+        return Examples(self.inputs.index_select(0, where), self.labels.index_select(0, where))
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,16 @@ class Classification:
     def to(self, device: torch.device | str) -> "Classification":
         """The same data set on another device."""
         return replace(self, train=self.train.to(device), validation=self.validation.to(device))
+
+    def apart(self, share: float) -> "Classification":
+        """The training data alone, a share of which is held out in the place of what was."""
+        learned, apart = drawn_apart(len(self.train.labels), share, "samples")
+        return replace(
+            self,
+            train=self.train.of(learned),
+            validation=self.train.of(apart),
+            fingerprint=fingerprint_apart(self.fingerprint, share),
+        )
 
 
 def classification(name: str, folder: Path | None = None) -> Classification:

@@ -6,15 +6,16 @@ torch that not every machine can have, and kornia crops tensors of one size, not
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from modula_agd.train.apart import drawn_apart
 from modula_agd.train.facts import ImageFacts
 from modula_agd.train.pixels import UNREADABLE, DataError, check_depth, reason
 
@@ -53,6 +54,11 @@ class Files:
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
 
+    def of(self, chosen: Int[Tensor, " chosen"]) -> "Files":
+        """Some of the files, by their index."""
+        where = chosen.tolist()
+        return Files(tuple(self.paths[index] for index in where), tuple(self.labels[index] for index in where))
+
 
 @dataclass(frozen=True)
 class ImageFolder:
@@ -74,6 +80,11 @@ class ImageFolder:
     def side(self) -> int:
         """Pixels along each side of a crop."""
         return self.facts.shape[1]
+
+    def apart(self, share: float) -> "ImageFolder":
+        """The training files alone, a share of which is held out in the place of what was."""
+        learned, apart = drawn_apart(len(self.train.paths), share, "files")
+        return replace(self, train=self.train.of(learned), validation=self.train.of(apart))
 
 
 def image_folder(folder: Path | None, name: str = IMAGENET, side: int = SIDE) -> ImageFolder:

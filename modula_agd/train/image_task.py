@@ -6,6 +6,7 @@ from functools import cached_property
 
 import torch
 
+from modula_agd.train.apart import NAME
 from modula_agd.train.augmentation import CropFlip
 from modula_agd.train.data import Classification, batches, batches_per_epoch
 from modula_agd.train.facts import ImageFacts, unit
@@ -21,11 +22,13 @@ class ImageTask:
         data: on the device to train on.
         flat: give rows of features instead of images.
         augment: crop training images at random, and mirror them where they are in colour.
+        held_out: what the held-out images are called.
     """
 
     data: Classification
     flat: bool
     augment: bool = False
+    held_out: str = "test"
 
     @property
     def facts(self) -> ImageFacts:
@@ -39,13 +42,13 @@ class ImageTask:
     def fingerprint(self) -> str | None:
         return self.data.fingerprint
 
-    @property
-    def held_out(self) -> str:
-        return "test"
-
     def to(self, device: torch.device | str) -> "ImageTask":
         """The same task on another device."""
         return replace(self, data=self.data.to(device))
+
+    def apart(self, share: float) -> "ImageTask":
+        """The task of the training images alone, a share of which, drawn at random, is held out."""
+        return replace(self, data=self.data.apart(share), held_out=NAME)
 
     @cached_property
     def _augmentation(self) -> CropFlip:

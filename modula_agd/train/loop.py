@@ -23,7 +23,7 @@ from modula_agd.train.trainer import Point, Tensors, Trainer, looked_at
 
 _SHOW_EVERY = 20
 # Without gradients a network keeps little of a batch, so that small ones need not be evaluated in small ones.
-_EVALUATION_BATCH = 256
+EVALUATION_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def train(
     config: Mapping[str, Any] | None = None,
     resume: Checkpoint | None = None,
     progress: bool = False,
+    best: bool = False,
     ranks: Ranks = ONE,
 ) -> Outcome:
     """Train a network on the task's device, from fresh weights or from a checkpoint.
@@ -109,6 +110,8 @@ def train(
         resume: a checkpoint to go on from, ``load(run.checkpoint)``: on a CPU with the same versions and number of threads the
             run then ends bit for bit as if it had not been stopped. Lines that the log has beyond it are dropped.
         progress: show a bar with loss, accuracy and η.
+        best: keep the point with the lowest held-out loss too, in ``run.best``. It is chosen by these data, which then say too much of it:
+            pass ``task.apart(0.1)``, and look at the task's own held-out data once, in the end.
         ranks: the processes of the run, of which the first alone is given ``run``.
 
     Returns:
@@ -131,7 +134,7 @@ def train(
     start = trainer.start(schedule.seed) if resume is None else taken_up(resume, trainer, schedule)
     used = Clock(0.0, 0) if resume is None else clock(resume)
     earlier = () if run is None else read(run.log, used.log)
-    record = Record(run, earlier, used, schedule=schedule, task=task, recipe=recipe, config=config)
+    record = Record(run, earlier, used, best=best, schedule=schedule, task=task, recipe=recipe, config=config)
     with (
         stopping() as stop,
         tqdm(total=schedule.steps, initial=start.step, unit="step", disable=not progress, dynamic_ncols=True) as bar,
@@ -156,7 +159,7 @@ def _points(
     trainer: Trainer, point: Point, schedule: Schedule, record: Record, stop: Stop, bar: Any
 ) -> Iterator[Point]:
     """Each point from here to the end of the schedule, or until told to stop, once its step or its evaluation is done."""
-    task, ranks, eval_batch = trainer.task, trainer.ranks, max(schedule.batch_size, _EVALUATION_BATCH)
+    task, ranks, eval_batch = trainer.task, trainer.ranks, max(schedule.batch_size, EVALUATION_BATCH)
     per_epoch = task.per_epoch(schedule.batch_size)
     begin = (point.step,) if point.step else ()
     batches = task.batches(schedule.batch_size, schedule.seed, *begin)
@@ -166,7 +169,7 @@ def _points(
             held_out = trainer.evaluated(point, eval_batch, stop if ranks.size == 1 else None)
             if held_out is None:
                 return
-            record.add(_evaluation(point, per_epoch, held_out, record.seconds))
+            record.add(_evaluation(point, per_epoch, held_out, record.seconds), point)
             point = looked_at(point)
             yield point
             record.keep(point, must=point.step == 0)

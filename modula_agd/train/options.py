@@ -116,6 +116,13 @@ def add_train(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that decode imagenet's files (default: one per processor, at most 8)",
     )
+    data.add_argument(
+        "--hold-out",
+        type=number(0, 1),
+        metavar="SHARE",
+        help="set a share of the training data apart (of a text its end): evaluations look at that alone, the weights that do best on it "
+        "are kept beside the last ones, and what is held out anyway is looked at once, by those, in the end (default: 0)",
+    )
     _add_network(command.add_argument_group("network and loss"))
     _add_run(command.add_argument_group("run"))
 

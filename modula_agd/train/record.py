@@ -1,7 +1,9 @@
 """What a run leaves behind as it goes on: its evaluations, log and checkpoints. A full disk does not end it."""
 
+import math
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 from modula_agd.train.continuing import Clock, keep
@@ -24,11 +26,17 @@ class Record:
         run: the folder, or None.
         earlier: the evaluations of before, if the run goes on.
         used: what it had used up by then.
+        best: whether the point with the lowest held-out loss is kept beside the last one.
         options: what ``keep`` takes after the clock.
     """
 
-    def __init__(self, run: RunFolder | None, earlier: tuple[Evaluation, ...], used: Clock, **options: Any) -> None:
+    def __init__(
+        self, run: RunFolder | None, earlier: tuple[Evaluation, ...], used: Clock, *, best: bool = False, **options: Any
+    ) -> None:
         self.history, self._run, self._options = list(earlier), run, options
+        losses = [each.val_loss for each in earlier if each.val_loss is not None]
+        # what is not below it is not kept
+        self._lowest = min(losses, default=math.inf) if best else -math.inf
         self._journal = None if run is None else Journal(run.log, used.log)
         self._start = time.perf_counter() - used.seconds
         self._kept_at, self._kept = time.perf_counter(), None
@@ -37,7 +45,11 @@ class Record:
     def seconds(self) -> float:
         return time.perf_counter() - self._start
 
-    def add(self, evaluation: Evaluation) -> None:
+    def add(self, evaluation: Evaluation, point: Point) -> None:
+        """Take down the evaluation of a point; the best one yet is kept, if any is, as it was before it was looked at."""
+        loss = evaluation.val_loss
+        if self._run is not None and loss is not None and loss < self._lowest and self._write(self._run.best, point):
+            self._lowest = loss
         self.history.append(evaluation)
         if self._journal is not None:
             self._journal.add(evaluation)
@@ -59,18 +71,25 @@ class Record:
         if self._run is None or self._journal is None or point is self._kept:
             return True
         self._kept_at = time.perf_counter()
+        if not self._write(self._run.checkpoint, point, must=must):
+            return False
+        self._kept = point
+        return True
+
+    def _write(self, path: Path, point: Point, *, must: bool = False) -> bool:
+        """Write the log as far as it goes, and a point to a file."""
+        assert self._journal is not None
         try:
             self._journal.flush()
-            keep(self._run.checkpoint, point, Clock(self.seconds, self._journal.position), **self._options)
+            keep(path, point, Clock(self.seconds, self._journal.position), **self._options)
         except OSError as error:
             if must:
                 raise
             warnings.warn(
-                f"the checkpoint of step {point.step:,} could not be written: {error}. The one before is still there, and training goes "
+                f"the checkpoint of step {point.step:,} could not be written: {error}. {path.name} is as it was, and training goes "
                 "on. Make room.",
                 NotSaved,
-                stacklevel=3,
+                stacklevel=4,
             )
             return False
-        self._kept = point
         return True

@@ -36,21 +36,22 @@ class Restored(NamedTuple):
     step: int
 
 
-def restore(run: Path | str, device: torch.device | str = "cpu") -> Restored:
+def restore(run: Path | str, device: torch.device | str = "cpu", *, best: bool = False) -> Restored:
     """Rebuild the network of a run as of its last checkpoint.
 
     Args:
         run: a folder that ``modula-agd train`` has written.
         device: where tensors shall live.
+        best: as of the checkpoint with the lowest loss on what was set apart instead; only runs with ``--hold-out`` have one.
 
     Raises:
         CheckpointError: there is no checkpoint, it tells of no architecture, or its weights are not that architecture's.
     """
-    path = RunFolder(Path(run)).checkpoint
+    folder = RunFolder(Path(run))
+    path = folder.best if best else folder.checkpoint
     if not path.is_file():
-        raise CheckpointError(
-            f"there is no checkpoint {path}. Name the folder of a run of modula-agd train, not a file in it."
-        )
+        which = "a run of modula-agd train with --hold-out" if best else "a run of modula-agd train"
+        raise CheckpointError(f"there is no checkpoint {path}. Name the folder of {which}, not a file in it.")
     saved = load(path)
     if KEY not in saved.metadata:
         raise CheckpointError(

@@ -58,6 +58,11 @@ class RunFolder:
         return self.path / "checkpoint.safetensors"
 
     @property
+    def best(self) -> Path:
+        """The checkpoint of the lowest loss on what is set apart."""
+        return self.path / "best.safetensors"
+
+    @property
     def config(self) -> Path:
         return self.path / "config.json"
 
@@ -86,7 +91,7 @@ class RunFolder:
     def create(self, config: Mapping[str, Any]) -> None:
         """Make the folder, drop an earlier run's files from it, and write the configuration."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in (self.log, self.checkpoint, self.plot):
+        for file in (self.log, self.checkpoint, self.best, self.plot):
             file.unlink(missing_ok=True)
             tidy(file)
         # the old configuration goes when the new one is whole: a folder with one can be gone on with
@@ -95,7 +100,7 @@ class RunFolder:
 
     def take_up(self, config: Mapping[str, Any]) -> None:
         """Go on with the run that is there: write how it is computed from now on, and drop what a kill has left half written."""
-        for file in (self.checkpoint, self.config, self.plot):
+        for file in (self.checkpoint, self.best, self.config, self.plot):
             tidy(file)
         self.configure(config)
 

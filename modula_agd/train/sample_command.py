@@ -28,6 +28,9 @@ def configure(command: argparse.ArgumentParser) -> None:
         metavar="T",
         help="1 draws from what the network believes, 0 takes the likeliest character (default: 1)",
     )
+    command.add_argument(
+        "--best", action="store_true", help="as of the lowest loss on what --hold-out has set apart, not as of the end"
+    )
     add_seed(command, "of the draws")
     add_device(command)
 
@@ -39,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         Exit status: 0 done.
     """
     require("modula-agd sample", "safetensors")
-    trained = restore(options.folder, chosen(options.device))
+    trained = restore(options.folder, chosen(options.device), best=options.best)
     prompt = _prompt(trained) if options.prompt is None else options.prompt
     drawn = continuation(
         trained, prompt, options.length, temperature=options.temperature, generator=stream(options.seed, 0)

@@ -1,7 +1,7 @@
 """The task of classifying images that are read from files as they are needed, by worker processes."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from modula_agd.train.apart import NAME
 from modula_agd.train.data import batches, batches_per_epoch
 from modula_agd.train.facts import ImageFacts, unit
 from modula_agd.train.fingerprint import listing
@@ -34,6 +35,7 @@ class StreamTask:
         workers: processes that read and decode, ≥ 0; 0 does it in this one.
         device: where batches shall arrive.
         part: which part of each batch to read, and of how many; each has as many files as the others.
+        held_out: what the held-out files are called.
     """
 
     folder: ImageFolder
@@ -41,6 +43,7 @@ class StreamTask:
     workers: int
     device: torch.device
     part: tuple[int, int] = (0, 1)
+    held_out: str = "validation"
 
     @property
     def facts(self) -> ImageFacts:
@@ -50,9 +53,9 @@ class StreamTask:
     def fingerprint(self) -> str:
         return listing(self.folder.train.paths, self.folder.validation.paths)
 
-    @property
-    def held_out(self) -> str:
-        return "validation"
+    def apart(self, share: float) -> "StreamTask":
+        """The task of the training files alone, a share of which, drawn at random, is held out."""
+        return replace(self, folder=self.folder.apart(share), held_out=NAME)
 
     def per_epoch(self, batch_size: int) -> int:
         return batches_per_epoch(len(self.folder.train.paths), batch_size)

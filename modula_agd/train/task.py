@@ -38,7 +38,7 @@ class Task(Protocol):
 
     @property
     def held_out(self) -> str:
-        """What the held-out split is called: "test" or "validation"."""
+        """What the held-out split is called: "test", "validation" or "set-apart"."""
         ...
 
     def per_epoch(self, batch_size: int) -> int:

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from modula_agd.error import InvalidArgument
+from modula_agd.train.apart import count_apart, fingerprint_apart
 from modula_agd.train.data import data_file
 from modula_agd.train.fingerprint import digest
 from modula_agd.train.pixels import DataError
@@ -37,6 +38,16 @@ class Characters:
     def to(self, device: torch.device | str) -> "Characters":
         """The same text on another device."""
         return replace(self, train=self.train.to(device), validation=self.validation.to(device))
+
+    def apart(self, share: float) -> "Characters":
+        """The training text alone, whose last share is held out in the place of what was."""
+        cut = len(self.train) - count_apart(len(self.train), share, "characters")
+        return replace(
+            self,
+            train=self.train[:cut],
+            validation=self.train[cut:],
+            fingerprint=fingerprint_apart(self.fingerprint, share),
+        )
 
     def check(self, context: int) -> None:
         """Raise ``InvalidArgument`` unless windows of ``context`` characters, and their targets, fit into both splits."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from modula_agd.train.apart import NAME
 from modula_agd.train.facts import TextFacts
 from modula_agd.train.seeds import stream
 from modula_agd.train.task import Batch
@@ -21,10 +22,12 @@ class TextTask:
     Args:
         text: on the device to train on.
         context: characters per window, ≥ 1.
+        held_out: what the held-out text is called.
     """
 
     text: Characters
     context: int
+    held_out: str = "validation"
 
     def __post_init__(self) -> None:
         self.text.check(self.context)
@@ -41,13 +44,13 @@ class TextTask:
     def fingerprint(self) -> str | None:
         return self.text.fingerprint
 
-    @property
-    def held_out(self) -> str:
-        return "validation"
-
     def to(self, device: torch.device | str) -> "TextTask":
         """The same task on another device."""
         return replace(self, text=self.text.to(device))
+
+    def apart(self, share: float) -> "TextTask":
+        """The task of the training text alone, whose last share is held out."""
+        return replace(self, text=self.text.apart(share), held_out=NAME)
 
     def per_epoch(self, batch_size: int) -> int:
         # Windows are drawn with replacement: an epoch shows as many characters as the split has.

@@ -117,18 +117,24 @@ class Trainer:
         self, point: Point, batch_size: int, stop: Stop | None = None
     ) -> tuple[float | None, float | None] | None:
         """Mean loss and accuracy on the held-out data, with averaged weights; None where it was told to stop before the end."""
-        meter = Meter()
         mean = {
             name: value.to(point.params[name].dtype) if name in point.params else value
             for name, value in point.average.items()
         }
-        with torch.no_grad():
-            for inputs, labels in self.task.evaluation(batch_size):
-                if stop:
-                    return None
-                outputs = self.method.network(mean, inputs, mean)
-                meter = meter.plus(self.method.loss(outputs, self.aims(labels)), outputs, labels)
-        return self.ranks.total(meter, next(iter(mean.values()))).means()
+        meter = judged(self.method, mean, self.task, batch_size, stop)
+        return None if meter is None else self.ranks.total(meter, next(iter(mean.values()))).means()
+
+
+def judged(method: Method, weights: Tensors, task: Task, batch_size: int, stop: Stop | None = None) -> Meter | None:
+    """The held-out data as weights and running statistics see them; None where it was told to stop before the end."""
+    meter, aims = Meter(), aiming(method.loss, task.facts.classes, task.device)
+    with torch.no_grad():
+        for inputs, labels in task.evaluation(batch_size):
+            if stop:
+                return None
+            outputs = method.network(weights, inputs, weights)
+            meter = meter.plus(method.loss(outputs, aims(labels)), outputs, labels)
+    return meter
 
 
 def looked_at(point: Point) -> Point:

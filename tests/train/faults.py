@@ -15,7 +15,7 @@ import torch
 
 import modula_agd.train
 from modula_agd.command_line import main
-from modula_agd.train import command_line, load
+from modula_agd.train import Checkpoint, command_line, load
 
 FOLDER = Path(modula_agd.train.__file__).parent
 # what a run executes step by step; the rest of the package only computes
@@ -154,7 +154,28 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 def differences(one: Path, other: Path) -> Iterator[str]:
     """In what two runs have not ended alike, to the bit."""
-    first, second = load(one / "checkpoint.safetensors"), load(other / "checkpoint.safetensors")
+    for file in ("checkpoint.safetensors", "best.safetensors"):
+        if (one / file).exists() or (other / file).exists():
+            found = _different(load(one / file), load(other / file))
+            yield from (what if file.startswith("checkpoint") else f"{what}, of the best" for what in found)
+    if logged(one) != logged(other):
+        yield "log"
+    seconds = [json.loads(line)["seconds"] for line in (other / "log.jsonl").read_text().splitlines()]
+    if seconds != sorted(seconds):
+        yield "seconds that run backwards"
+    leftovers = {path.name for path in other.iterdir()} - {
+        "log.jsonl",
+        "checkpoint.safetensors",
+        "best.safetensors",
+        "config.json",
+        "plot.png",
+    }
+    if leftovers:
+        yield f"files {sorted(leftovers)}"
+
+
+def _different(first: Checkpoint, second: Checkpoint) -> Iterator[str]:
+    """In what two checkpoints are not alike, to the bit."""
     for part in ("params", "buffers", "average", "state", "loop"):
         mine, theirs = getattr(first, part), getattr(second, part)
         if mine.keys() != theirs.keys():
@@ -167,16 +188,3 @@ def differences(one: Path, other: Path) -> Iterator[str]:
     for key in ("step", "seed", "recipe"):
         if first.metadata.get(key) != second.metadata.get(key):
             yield key
-    if logged(one) != logged(other):
-        yield "log"
-    seconds = [json.loads(line)["seconds"] for line in (other / "log.jsonl").read_text().splitlines()]
-    if seconds != sorted(seconds):
-        yield "seconds that run backwards"
-    leftovers = {path.name for path in other.iterdir()} - {
-        "log.jsonl",
-        "checkpoint.safetensors",
-        "config.json",
-        "plot.png",
-    }
-    if leftovers:
-        yield f"files {sorted(leftovers)}"

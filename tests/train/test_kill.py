@@ -17,11 +17,23 @@ VERSE = "To be, or not to be, that is the question:\n" * 12
 
 
 def arguments(folder: Path, out: str) -> list[str]:
-    """A tiny run with dropout, whose checkpoints fall between its evaluations and on them."""
+    """A tiny run with dropout and a share set apart, whose checkpoints fall between its evaluations and on them."""
     (folder / "verse.txt").write_text(VERSE)
     run = ["train", "--data", f"text:{folder / 'verse.txt'}", "--arch", "gpt", "--context", "8", "--depth", "1"]
     run += ["--width", "8", "--heads", "2", "--dropout", "0.2", "--batch-size", "4", "--threads", "1", "--quiet"]
-    return [*run, "--steps", "11", "--eval-every", "4", "--checkpoint-every", "3", "--out", str(folder / out)]
+    return [
+        *run,
+        "--steps",
+        "11",
+        "--eval-every",
+        "4",
+        "--checkpoint-every",
+        "3",
+        "--hold-out",
+        "0.2",
+        "--out",
+        str(folder / out),
+    ]
 
 
 @pytest.fixture(autouse=True)
