@@ -137,7 +137,10 @@ def runner(model: nn.Module, name: str, peer: str, rate: float | None, example: 
 
 
 def apart(source: Any) -> Any:
-    """The same data without its held-out split: nine tenths of the training data to learn from, the rest to judge by."""
+    """The same data without its held-out split: nine tenths of the training data to learn from, the rest to judge by.
+
+    The last tenth in order, as in all trials of docs/trials.md; ``source.apart`` draws it instead.
+    """
     (field,) = (f for f in source.__dataclass_fields__ if isinstance(getattr(source, f), Classification | Characters))
     data = getattr(source, field)
     if isinstance(data, Characters):
