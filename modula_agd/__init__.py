@@ -55,6 +55,7 @@ from modula_agd.decay import Decay as Decay
 from modula_agd.decay import Fading as Fading
 from modula_agd.decay import Relative as Relative
 from modula_agd.dropout import Dropout as Dropout
+from modula_agd.dropout import WithDropout as WithDropout
 from modula_agd.error import InvalidArgument as InvalidArgument
 from modula_agd.error import ModulaError as ModulaError
 from modula_agd.error import NonFiniteGradient as NonFiniteGradient

@@ -52,6 +52,11 @@ def _empties_a_row(seen: Tensor) -> bool:
         return False
 
 
+def _in_kernel(generator: torch.Generator, device: torch.device) -> bool:
+    """Whether torch's function can draw masks itself and gains by it: it takes no generator, and is fused on CUDA alone."""
+    return device.type == "cuda" and generator is own_generator(device)
+
+
 def _earlier(q: Tensor, k: Tensor) -> Tensor:
     """Which positions come no later than each."""
     return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
@@ -197,8 +202,8 @@ class Attention(Bond):
     ``bound.attention``: neither causal nor padding masks change it.
 
     Dropout zeroes weights, in training alone, and divides the others by 1 − p. For one mask, weights that sum to 1 sum to at most
-    1/(1 − p) then, so its bound is that of ``Dropout`` of the result. Masks of torch's own generator are drawn in that function, others
-    here, where weights take memory for all pairs of positions.
+    1/(1 − p) then, so its bound is that of ``Dropout`` of the result. On CUDA masks of torch's own generator are drawn in the fused kernel,
+    as no other generator draws them, whatever its state; others are drawn here, where weights take memory for all pairs of positions.
 
     Args:
         causal: whether a position sees itself and earlier ones alone.
@@ -282,7 +287,7 @@ class Attention(Bond):
         (q, k, v), mask = self._parted(x)
         scale = 1 / q.shape[-1] if self.scale is None else self.scale
         seen = None if mask is None else self._seen(mask, q, k)
-        if generator is not None and generator is not own_generator(q.device):
+        if generator is not None and not _in_kernel(generator, q.device):
             return self._weighed(q, k, scale, seen, generator) @ v
         share = 0.0 if generator is None else self.dropout
         causal = self.causal and seen is None

@@ -10,8 +10,8 @@ from torch import Tensor
 from modula_agd.bound import Gain
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.layer import LinearBond, applied
-from modula_agd.module import Module
-from modula_agd.run import EVALUATION, Parameters, Run
+from modula_agd.module import Module, Wrapper
+from modula_agd.run import EVALUATION, Parameters, Run, Step
 from modula_agd.space import Mask, Space, Tokens, finite
 
 
@@ -98,3 +98,43 @@ class Dropout(LinearBond):
 
     def __repr__(self) -> str:
         return f"Dropout({self.probability:g})"
+
+
+@dataclass(frozen=True)
+class WithDropout(Wrapper):
+    """A module and dropout of what it gives, as one: parameters behind it have the names that they have without.
+
+    Args:
+        probability: p, 0 ≤ p < 1.
+        inner: the module.
+
+    Raises:
+        InvalidArgument: p is not.
+        SpaceMismatch: the module gives no numbers.
+    """
+
+    probability: float
+    inner: Module
+
+    def __post_init__(self) -> None:
+        if self.inner.codomain is not None:
+            self._dropout.codomain_of(self.inner.codomain)
+        else:
+            probability(self.probability, "WithDropout")
+
+    @property
+    def _dropout(self) -> Dropout:
+        return Dropout(self.probability)
+
+    @property
+    def children(self) -> tuple[tuple[str, Module], ...]:
+        return (("", self.inner),)
+
+    def apply(self, params: Parameters, x: Any, path: str = "", run: Run = EVALUATION) -> Any:
+        return self._dropout.apply(params, self.inner.apply(params, x, path, run), path, run)
+
+    def propagate(self, x: Any, step: Step, path: str = "") -> Any:
+        return self._dropout.propagate(self.inner.propagate(x, step, path), step, path)
+
+    def __repr__(self) -> str:
+        return f"WithDropout({self.probability:g}, {self.inner!r})"

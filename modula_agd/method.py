@@ -70,7 +70,10 @@ class Method(Directed):
         targets: Tensor,
         generator: torch.Generator | None = None,
     ) -> Evidence:
-        """R and a₀ of a batch, by one forward pass; of dropout, with a generator in the state that the gradient's had."""
+        """R and a₀ of a batch, by one forward pass; of dropout, with a generator in the state that the gradient's had.
+
+        Where ``Attention`` drops weights on CUDA by torch's own generator, no other draws the same masks: pass that one, put back.
+        """
         with torch.no_grad():
             domain, codomain = settled(self.network, self.network.domain), self._codomain()
             outputs, _ = self.network.run(params, inputs, generator=generator)

@@ -17,7 +17,7 @@ from modula_agd.bond import GELU, Identity, Mean, ToSequence
 from modula_agd.bound import Gain
 from modula_agd.compound import Form, SwiGLU, linear, normalised, residual
 from modula_agd.convolution import Conv2d
-from modula_agd.dropout import Dropout
+from modula_agd.dropout import Dropout, WithDropout
 from modula_agd.error import InvalidArgument, SpaceMismatch
 from modula_agd.layer import LinearBond
 from modula_agd.module import Module
@@ -102,13 +102,15 @@ def Transformer(
         mlp = SwiGLU(space, hidden.width, bias=bias)
     attention = self_attention(width, heads, causal=causal, rotary=rotary, bias=bias, dropout=dropout)
     norm = normalised(LayerNorm(), space, affine)
-    branches = [_dropping(dropout, branch) @ norm for branch in (attention, mlp)]
+    branches = [branch @ norm for branch in (attention, mlp)]
+    if dropout:
+        branches = [Dropout(dropout) @ branch for branch in branches]
     return norm @ residual(tuple(branches), blocks, form=form)
 
 
 def _dropping(share: float, module: Module) -> Module:
-    """A module, and dropout of what it gives, if any."""
-    return Dropout(share) @ module if share else module
+    """A module, and dropout of what it gives, if any; weights fit one with and without."""
+    return WithDropout(share, module) if share else module
 
 
 def GPT(
@@ -213,6 +215,6 @@ def ViT(
     patches: Module = Conv2d(width, channels, patch, stride=patch, geometry="patch")
     if bias:
         patches = Bias(Image(width)) @ patches
-    positioned = (0.5 * Identity() + 0.5 * Positions(width, (side // patch) ** 2)) @ ToSequence() @ patches
+    positioned = _dropping(dropout, 0.5 * Identity() + 0.5 * Positions(width, (side // patch) ** 2))
     body = Transformer(width, heads, blocks, bias=bias, dropout=dropout, **options)  # pyright: ignore[reportArgumentType]
-    return linear(outputs, width, bias) @ Mean() @ body @ _dropping(dropout, positioned) @ _Sized(side)
+    return linear(outputs, width, bias) @ Mean() @ body @ positioned @ ToSequence() @ patches @ _Sized(side)

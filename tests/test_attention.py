@@ -214,15 +214,18 @@ def test_weights_are_dropped_after_the_softmax(causal: bool, padded: bool) -> No
     torch.testing.assert_close(out, (scores.softmax(-1) * kept(0.4, 3, 2, 5, 5)) @ qkv[2])
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["a generator", "torch's own"])
-def test_dropped_weights_are_right_in_the_mean_and_whole_in_evaluation(own: bool) -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["drawn here", "in the kernel"])
+def test_dropped_weights_are_right_in_the_mean_and_whole_in_evaluation(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modula_agd.attention._in_kernel", lambda generator, device: fused)
     q, k, v = projected(batch=1)
     many = tuple(part.expand(4000, -1, -1, -1) for part in (q, k, v))
     attention, whole = (
         Attention(causal=True, dropout=0.4).bind(THREE),
         Attention(causal=True).bind(THREE)({}, (q, k, v)),
     )
-    generator = torch.default_generator if own else torch.Generator()
+    generator = torch.default_generator if fused else torch.Generator()
     first, again, other = (attention.run({}, many, generator=generator.manual_seed(seed))[0] for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -233,6 +236,13 @@ def test_dropped_weights_are_right_in_the_mean_and_whole_in_evaluation(own: bool
     error = 5 * math.sqrt(0.4 / 0.6 / 4000) * float(v.abs().max())
     torch.testing.assert_close(first.mean(0, keepdim=True), whole, rtol=0, atol=error)
     assert torch.equal(attention({}, (q, k, v)), whole)
+
+
+def test_generators_in_one_state_drop_the_same_weights() -> None:
+    attention, qkv = Attention(dropout=0.4).bind(THREE), projected()
+    generator = torch.default_generator.manual_seed(5)
+    copied = generator.clone_state()
+    assert torch.equal(*(attention.run({}, qkv, generator=each)[0] for each in (generator, copied)))
 
 
 def test_dropped_weights_draw_from_their_generator_alone_and_need_one() -> None:

@@ -13,6 +13,7 @@ from modula_agd import (
     Embedding,
     Features,
     Grade,
+    Identity,
     InvalidArgument,
     Linear,
     Logits,
@@ -24,6 +25,7 @@ from modula_agd import (
     SpaceMismatch,
     SquareLoss,
     Tokens,
+    WithDropout,
     agd,
 )
 from modula_agd.space import Tuple
@@ -158,6 +160,34 @@ def test_it_follows_an_embedding() -> None:
     assert net.run(net.init(0), torch.tensor([[1, 2]]), generator=seeded())[0].shape == (1, 2, 4)
 
 
-@pytest.mark.parametrize("module", [Dropout(0.5), Dropout(0)])
+def test_a_module_with_dropout_is_that_and_dropout_by_the_names_of_the_first() -> None:
+    inner = ReLU() @ Linear(3, 4)
+    both, x = WithDropout(0.36, inner), gaussian(5, 4)
+    apart, params = Dropout(0.36) @ inner, inner.init(0, **F64)
+    assert both.init(0, **F64).keys() == params.keys()
+    assert torch.equal(both(params, x), inner(params, x))
+    assert torch.equal(both.run(params, x, generator=seeded())[0], apart.run(params, x, generator=seeded())[0])
+    for constants in ("typical", "proved"):
+        assert both.bound(0.1, constants=constants) == apart.bound(0.1, constants=constants)
+    assert both.with_mass(0.5).bound().depth == pytest.approx(0.5 * both.bound().depth)
+    # the domain may be settled later
+    assert (WithDropout(0.36, ReLU()) @ Linear(3, 4)).domain == Features(4)
+    with pytest.raises(InvalidArgument, match=r"Dropout\(0\.36\) was trained without"):
+        both.run(params, x)
+
+
+@pytest.mark.parametrize("inner", [Linear(3, 4), ReLU()])
+@pytest.mark.parametrize("wrong", [1, -0.1, None, float("nan")])
+def test_a_module_with_dropout_keeps_some(inner: Module, wrong: Any) -> None:
+    with pytest.raises(InvalidArgument, match="below 1"):
+        WithDropout(wrong, inner)
+
+
+def test_a_module_of_no_numbers_cannot_have_dropout() -> None:
+    with pytest.raises(SpaceMismatch, match="drops numbers"):
+        WithDropout(0.1, Identity().bind(Mask()))
+
+
+@pytest.mark.parametrize("module", [Dropout(0.5), Dropout(0), WithDropout(0.5, ReLU() @ Linear(3, 4))])
 def test_a_repr_is_the_expression_that_builds_it(module: Module) -> None:
     assert eval(repr(module), dict(vars(modula_agd))) == module

@@ -178,8 +178,11 @@ def test_a_vision_transformer_sees_every_pixel_and_where_it_is() -> None:
 def test_dropout_is_of_embeddings_attention_and_blocks(build: Callable[..., Module], embeddings: int) -> None:
     text = repr(build(dropout=0.25))
     assert text.count("dropout=0.25") == 3
-    assert text.count("Dropout(0.25)") == 2 * 3 + embeddings
+    assert text.count(" Dropout(0.25)") + text.count("(Dropout(0.25)") == 2 * 3
+    assert text.count("WithDropout(0.25, ") == embeddings
     assert "ropout" not in repr(build())
+    # weights that were trained with it are at home without
+    assert list(build(dropout=0.25).init(0)) == list(build().init(0))
 
 
 def test_dropout_acts_in_training_alone() -> None:

@@ -17,6 +17,8 @@ from peers import FADING, OURS, OWN
 
 Row = Mapping[str, Any]
 Runs = Sequence[Row]
+ADAM = ("adam, tuned, cosine", "adamw, tuned, cosine")
+RIVALS = ("muon, tuned, cosine", "sgd, tuned, cosine")
 FIGURES = ("end_loss", "train_loss", "val_loss", "val_accuracy")
 HEADERS = ("training loss at the end", "over the last tenth", "held-out loss", "held-out accuracy")
 
@@ -98,6 +100,48 @@ def table(runs: Runs, task: str, scale: float) -> str:
                 *(f"{t:.1f}" for t in times),
             ]
         )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def reached(row: Row, loss: float) -> int | None:
+    """The step by which a run's minibatches (live weights), meaned over a sixtieth of its budget, had a training loss as low."""
+    curve = row["outcome"]["curve"]
+    return next(
+        (n for n, x in zip(curve["step"], curve["train_loss"], strict=True) if x is not None and x <= loss), None
+    )
+
+
+def race(runs: Runs) -> str:
+    """Steps and seconds until a method's training loss is what tuned Adam, with its schedule, ends with over the last tenth."""
+    head = [
+        "task",
+        "tuned Adam's training loss",
+        "its steps",
+        "method",
+        "steps",
+        "share of Adam's",
+        "seconds, of Adam's",
+    ]
+    lines = [head, ["---"] * len(head)]
+    for task, scale in budgets(runs):
+        found = methods(runs, task, scale)
+        adam = next((rows for name, rows in found.items() if name in ADAM), None)
+        if adam is None:
+            continue
+        goal, budget = value(adam, "train_loss")[0], adam[0]["outcome"]["steps"]
+        seconds = budget * statistics.median(row["outcome"]["total_ms"] for row in adam) / 1e3
+        for name, rows in found.items():
+            steps = [reached(row, goal) for row in rows]
+            if not (rows[0]["cell"]["peer"] in OWN or name in RIVALS) or name in ADAM:
+                continue
+            cells = [task, f"{goal:.4f}", f"{budget:,}", f"**{name}**" if rows[0]["cell"]["peer"] in OWN else name]
+            taken = [step for step in steps if step is not None]
+            if len(taken) < len(steps):
+                lines.append([*cells, f"reached by {len(taken)} of {len(steps)} seeds", "", ""])
+                continue
+            mean = statistics.fmean(taken)
+            own = mean * statistics.median(row["outcome"]["total_ms"] for row in rows) / 1e3
+            lines.append([*cells, f"{mean:,.0f}", f"{mean / budget:.0%}", f"{own:.0f} of {seconds:.0f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -239,6 +283,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for task, scale in budgets(runs):
         print(f"### {task}, ×{scale:g} of its budget\n\n{table(runs, task, scale)}\n\n{grid(runs, task, scale)}\n")
+    print(f"### Until tuned Adam's training loss\n\n{race(runs)}\n")
     print(f"### Ablations\n\n{ablations(runs)}\n")
     draw_curves(runs, options.out)
     draw_profile(runs, options.out)

@@ -45,4 +45,4 @@ def drawn_apart(count: int, share: float, what: str) -> tuple[Int[Tensor, " lear
 
 def fingerprint_apart(whole: str | None, share: float) -> str | None:
     """Of data of which a share is set apart, from that of all."""
-    return None if whole is None else digest([f"{whole} without {share!r}"])
+    return None if whole is None else digest([f"{whole} without {float(share)!r}"])

@@ -1,14 +1,16 @@
 """``modula-agd train``: train a network on a data set; no learning rate is asked for."""
 
 import argparse
+import json
 import os
 import platform
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from modula_agd.train.checkpoint import Checkpoint
 from modula_agd.train.continuing import clock, finished
 from modula_agd.train.extras import require
 from modula_agd.train.facts import TextFacts
+from modula_agd.train.files import replace
 from modula_agd.train.journal import read
 from modula_agd.train.loop import EVALUATION_BATCH, Outcome, Schedule, train
 from modula_agd.train.objective import LOSSES
@@ -87,12 +90,14 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> int:
     folder = RunFolder(options.out) if options.out else fresh(Path("runs"), _run_name(options))
     if taken is None and ranks.first:
         folder.check(overwrite=options.overwrite)
+    opened = partial(task, options.data, options.data_dir, flat=architecture.takes == "rows", device=device, **data)
     if saved is not None and finished(saved, options.steps):
-        return _told_to_be_finished(options, sizes, saved, folder) if ranks.first else 0
+        return _told_to_be_finished(options, sizes, saved, folder, opened) if ranks.first else 0
 
     with _explained(folder):
-        whole = task(options.data, options.data_dir, flat=architecture.takes == "rows", device=device, **data)
-        source = whole.apart(options.hold_out) if options.hold_out else whole
+        source = opened()
+        if options.hold_out:
+            source = source.apart(options.hold_out)
     loss = LOSSES[options.loss]
     # Cross-entropy's bound is proved in the maximum norm, that of Logits; AGD as published knows no such space.
     logits = isinstance(loss, CrossEntropy) and options.method != "agd"
@@ -136,8 +141,7 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> int:
         )
     _draw(options, sizes, outcome.history, folder)
     if options.hold_out and outcome.stopped is None:
-        with _explained(folder):
-            _judge_best(folder, method, whole, max(schedule.batch_size, EVALUATION_BATCH))
+        return _last_look(options, folder, opened)
     return 0 if outcome.stopped is None else _SIGNALLED + outcome.stopped
 
 
@@ -208,33 +212,65 @@ def _report(outcome: Outcome, folder: RunFolder, source: Task) -> None:
         print(kept if outcome.saved else "", file=sys.stderr)
     if outcome.history:
         last = outcome.history[-1]
-        print(f"{_told(source, last.val_loss, last.val_accuracy)} at step {last.step:,} ({last.seconds:.1f} s)")
+        figures = _told(source.facts.name, source.held_out, last.val_loss, last.val_accuracy)
+        print(f"{figures} at step {last.step:,} ({last.seconds:.1f} s)")
     print(f"run folder: {folder.path}")
 
 
-def _judge_best(folder: RunFolder, method: Method, whole: Task, batch_size: int) -> None:
-    """Look at what is held out, once, with the weights that were best on what was set apart."""
+def _last_look(options: argparse.Namespace, folder: RunFolder, opened: Callable[[], Task]) -> int:
+    """Look at what is held out, with the weights that were best on what was set apart, unless that was done; the exit status."""
+    if not folder.best.exists():
+        print(
+            "no weights were kept, as no evaluation of what was set apart was finite; what is held out was not looked at"
+        )
+        return 0
+    if folder.look.exists():
+        seen = json.loads(folder.look.read_text(encoding="utf-8"))
+    else:
+        try:
+            with _explained(folder):
+                seen = _looked(options, folder, opened())
+        except KeyboardInterrupt:
+            print(
+                f"interrupted before what is held out was looked at. Do it with: modula-agd train --resume {folder.path}",
+                file=sys.stderr,
+            )
+            return _SIGNALLED + signal.SIGINT
+        replace(folder.look, (json.dumps(seen) + "\n").encode())
+    figures = _told(options.data, seen["split"], seen["loss"], seen["accuracy"])
+    print(f"by the weights of step {seen['step']:,}, the best on what was set apart: {figures}")
+    return 0
+
+
+def _looked(options: argparse.Namespace, folder: RunFolder, whole: Task) -> dict[str, Any]:
+    """What the held-out data say of the best weights."""
     kept = restore(folder.path, whole.device, best=True)
-    meter = judged(method, kept.average, whole, batch_size)
+    method = METHODS[options.method](kept.network, LOSSES[options.loss])
+    meter = judged(method, kept.average, whole, max(options.batch_size, EVALUATION_BATCH))
     assert meter is not None
-    print(f"by the weights of step {kept.step:,}, the best on what was set apart: {_told(whole, *meter.means())}")
+    loss, accuracy = meter.means()
+    return {"step": kept.step, "split": whole.held_out, "loss": loss, "accuracy": accuracy}
 
 
-def _told(source: Task, loss: float | None, accuracy: float | None) -> str:
-    """What the held-out data say."""
-    what = "accuracy" if kind(source.facts.name) == "images" else "accuracy of the next character"
-    of, told = source.held_out, "not finite" if loss is None else f"{loss:.4f}"
+def _told(data: str, of: str, loss: float | None, accuracy: float | None) -> str:
+    """What a split of some data says."""
+    what = "accuracy" if kind(data) == "images" else "accuracy of the next character"
+    told = "not finite" if loss is None else f"{loss:.4f}"
     return f"{of} {what} {'not finite' if accuracy is None else f'{accuracy:.2%}'}, {of} loss {told}"
 
 
 def _told_to_be_finished(
-    options: argparse.Namespace, sizes: dict[str, Any], saved: Checkpoint, folder: RunFolder
+    options: argparse.Namespace,
+    sizes: dict[str, Any],
+    saved: Checkpoint,
+    folder: RunFolder,
+    opened: Callable[[], Task],
 ) -> int:
-    """Say that nothing is left to do, and draw what a kill behind the last step has left undrawn."""
+    """Say that nothing is left to do, and do what a kill behind the last step has left undone: the plot, and the last look."""
     if not folder.plot.exists():
         _draw(options, sizes, read(folder.log, clock(saved).log), folder)
     print(f"the run in {folder.path} is finished: its {int(saved.metadata['step']):,} steps are made")
-    return 0
+    return _last_look(options, folder, opened) if options.hold_out else 0
 
 
 def _draw(options: argparse.Namespace, sizes: dict[str, Any], history: Sequence[Evaluation], folder: RunFolder) -> None:

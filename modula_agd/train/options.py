@@ -29,6 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "loss": "cross-entropy",
     "method": METHOD,
     "epochs": 10,
+    "hold_out": 0.0,
     "seed": 0,
     "device": "auto",
 }

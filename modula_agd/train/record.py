@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from modula_agd.train.checkpoint import load
 from modula_agd.train.continuing import Clock, keep
 from modula_agd.train.journal import Journal
 from modula_agd.train.run_folder import Evaluation, RunFolder
@@ -17,6 +18,15 @@ _SECONDS = 300.0
 
 class NotSaved(UserWarning):
     """A checkpoint could not be written; training goes on, and the one before is still there."""
+
+
+def _lowest(run: RunFolder | None, earlier: tuple[Evaluation, ...]) -> float:
+    """The held-out loss of the best point that is kept; of one that is yet to be evaluated again, the lowest of before."""
+    if run is None or not run.best.exists():
+        return math.inf
+    losses = {each.step: each.val_loss for each in earlier if each.val_loss is not None}
+    step = int(load(run.best).metadata.get("step", -1))
+    return losses.get(step, min(losses.values(), default=math.inf))
 
 
 class Record:
@@ -34,9 +44,8 @@ class Record:
         self, run: RunFolder | None, earlier: tuple[Evaluation, ...], used: Clock, *, best: bool = False, **options: Any
     ) -> None:
         self.history, self._run, self._options = list(earlier), run, options
-        losses = [each.val_loss for each in earlier if each.val_loss is not None]
         # what is not below it is not kept
-        self._lowest = min(losses, default=math.inf) if best else -math.inf
+        self._lowest = _lowest(run, earlier) if best else -math.inf
         self._journal = None if run is None else Journal(run.log, used.log)
         self._start = time.perf_counter() - used.seconds
         self._kept_at, self._kept = time.perf_counter(), None

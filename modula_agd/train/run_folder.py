@@ -63,6 +63,11 @@ class RunFolder:
         return self.path / "best.safetensors"
 
     @property
+    def look(self) -> Path:
+        """What the held-out data said of the best, in the end."""
+        return self.path / "held_out.json"
+
+    @property
     def config(self) -> Path:
         return self.path / "config.json"
 
@@ -91,7 +96,7 @@ class RunFolder:
     def create(self, config: Mapping[str, Any]) -> None:
         """Make the folder, drop an earlier run's files from it, and write the configuration."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in (self.log, self.checkpoint, self.best, self.plot):
+        for file in (self.log, self.checkpoint, self.best, self.look, self.plot):
             file.unlink(missing_ok=True)
             tidy(file)
         # the old configuration goes when the new one is whole: a folder with one can be gone on with
@@ -100,7 +105,7 @@ class RunFolder:
 
     def take_up(self, config: Mapping[str, Any]) -> None:
         """Go on with the run that is there: write how it is computed from now on, and drop what a kill has left half written."""
-        for file in (self.checkpoint, self.best, self.config, self.plot):
+        for file in (self.checkpoint, self.best, self.look, self.config, self.plot):
             tidy(file)
         self.configure(config)
 
@@ -109,7 +114,7 @@ class RunFolder:
         replace(self.config, (json.dumps(config, indent=2) + "\n").encode())
 
     def begin(self) -> None:
-        """Make the folder unless it is there, for a log that starts at step 0.
+        """Make the folder unless it is there, for a log that starts at step 0; an earlier run's best is not this one's.
 
         Raises:
             InvalidArgument: the folder holds a log, which two runs would share.
@@ -119,6 +124,7 @@ class RunFolder:
             raise InvalidArgument(
                 f"training was to begin in {self.path}, which holds the log of an earlier run. Name another folder, or delete it."
             )
+        self.best.unlink(missing_ok=True)
 
 
 def fresh(parent: Path, name: str) -> RunFolder:

@@ -55,7 +55,8 @@ class Characters:
         if not 1 <= context <= longest:
             raise InvalidArgument(
                 f"windows of {context} characters were asked for, but the text allows 1 to {longest}: the shorter of the two parts of "
-                f"{self.name} has {longest + 1}, one more than a window. Shorten the context, or take a longer text."
+                f"{self.name} has {longest + 1}, one more than a window. Shorten the context, take a longer text or, if a share is set "
+                "apart, a larger one."
             )
 
     def sample(

@@ -6,7 +6,7 @@ from modula_agd.atom import Bias, Embedding, Linear, Scale, Unembedding
 from modula_agd.attention import QKV, Attention, MergeHeads, SplitHeads
 from modula_agd.bond import GELU, Identity, Mean, Multiply, Softmax, ToSequence
 from modula_agd.compound import SwiGLU, residual
-from modula_agd.dropout import Dropout
+from modula_agd.dropout import Dropout, WithDropout
 from modula_agd.normalisation import BatchNorm, GroupNorm, LayerNorm, RMSNorm
 from modula_agd.position import Positions, Rotary
 from modula_agd.space import Features, Heads, Image, Logits, Mask, Sequence, Tokens, Tuple
@@ -82,6 +82,10 @@ STRUCTURED: dict[str, Construction] = {
         BatchNorm(48).bind(Image(2)), {"magnitude": replace(_CORNER, batch=3)}, STATIC | _SPREAD | _CENTRED, 4
     ),
     "Dropout": Construction(Dropout(0.3).bind(Features(4)), loose=STATIC | EXACT),
+    "WithDropout": Construction(
+        WithDropout(0.3, Linear(3, 3)),
+        loose=dict.fromkeys(("magnitude", "growth", "second order"), "attained where nothing is dropped"),
+    ),
     "Shared": Construction(Shared("both", Linear(3, 3)) @ Shared("both", Linear(3, 3))),
     "each": Construction(
         Multiply() @ each(Linear(3, 3), Scale(3)) @ (Linear(3, 3), Linear(3, 3)),

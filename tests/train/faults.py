@@ -167,6 +167,7 @@ def differences(one: Path, other: Path) -> Iterator[str]:
         "log.jsonl",
         "checkpoint.safetensors",
         "best.safetensors",
+        "held_out.json",
         "config.json",
         "plot.png",
     }

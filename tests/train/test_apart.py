@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from modula_agd.train import (
     Schedule,
     Task,
     build,
+    command_line,
     continuing,
     load,
     restore,
@@ -27,7 +29,7 @@ from modula_agd.train import (
     train,
 )
 from modula_agd.train.apart import drawn_apart
-from modula_agd.train.trainer import judged
+from modula_agd.train.trainer import Trainer, judged
 from test_resume import files, images, stopped, text
 
 SCHEDULE = Schedule(steps=30, batch_size=12, eval_every=3, seed=3)
@@ -109,7 +111,7 @@ def test_data_are_known_by_the_share_that_is_missing(tmp_path, kind) -> None:
     source = {"images": images, "text": lambda: named, "files": lambda: files(tmp_path, 0)}[kind]()
     prints = {one.fingerprint for one in (source, source.apart(0.25), source.apart(0.5))}
     assert len(prints) == 3
-    assert source.apart(0.25).fingerprint == source.apart(0.25).fingerprint
+    assert source.apart(0.25).fingerprint == source.apart(numpy.float64(0.25)).fingerprint
 
 
 @pytest.mark.parametrize("wrong", [0, 1, -0.1, 2, True, None, "0.1", float("nan")])
@@ -167,6 +169,27 @@ def test_a_run_that_goes_on_keeps_the_same(tmp_path, monkeypatch) -> None:
     assert 0 < int(load(broken.best).metadata["step"]) < 30
 
 
+@pytest.mark.parametrize("lost", ["begun without", "deleted"])
+def test_a_run_whose_best_is_not_there_keeps_the_best_that_comes(tmp_path, lost) -> None:
+    run = RunFolder(tmp_path / "run")
+    train(*overfitting(), SCHEDULE, run, best=lost == "deleted")
+    run.best.unlink(missing_ok=True)
+    # what comes is worse than what there was
+    longer = replace(SCHEDULE, steps=42)
+    outcome = train(*overfitting(), longer, run, resume=load(run.checkpoint), best=True)
+    losses = {each.step: each.val_loss for each in outcome.history if each.step > 30}
+    assert min(losses.values()) > min(each.val_loss for each in outcome.history)
+    assert int(load(run.best).metadata["step"]) == min(losses, key=lambda step: losses[step])
+
+
+def test_a_new_run_does_not_take_an_old_best_for_its_own(tmp_path) -> None:
+    run = RunFolder(tmp_path / "run")
+    train(*overfitting(), SCHEDULE, run, best=True)
+    run.log.unlink()
+    train(*overfitting(), SCHEDULE, run)
+    assert not run.best.exists()
+
+
 def test_one_can_go_on_from_the_best(tmp_path) -> None:
     run = RunFolder(tmp_path / "run")
     train(*overfitting(), SCHEDULE, run, best=True)
@@ -215,6 +238,45 @@ def test_the_command_looks_at_the_test_split_once_by_the_best_weights(tmp_path, 
     assert int(told[1]) == kept.step
     assert float(told[2]) / 100 == pytest.approx(accuracy, abs=1e-4)
     assert float(told[3]) == pytest.approx(loss, abs=1e-4)
+    seen = json.loads((folder / "held_out.json").read_text())
+    assert seen == {"step": kept.step, "split": "test", "loss": loss, "accuracy": accuracy}
+
+
+@pytest.mark.parametrize("how", ["interrupted", "killed"])
+def test_a_last_look_that_was_broken_off_is_made_when_the_run_goes_on(tmp_path, monkeypatch, capsys, how) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+
+        def broken(*_, **__):
+            raise KeyboardInterrupt if how == "interrupted" else SystemExit(9)
+
+        patch.setattr(command_line, "judged", broken)
+        try:
+            status = main([*TINY, "--hold-out", "0.25", "--out", str(folder)])
+        except SystemExit as exit:
+            status = exit.code
+    assert status == {"interrupted": 130, "killed": 9}[how]
+    if how == "interrupted":
+        assert f"before what is held out was looked at. Do it with: modula-agd train --resume {folder}" in (
+            capsys.readouterr().err
+        )
+    assert not (folder / "held_out.json").exists()
+    assert main(["train", "--resume", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "is finished" in said
+    assert f"by the weights of step {json.loads((folder / 'held_out.json').read_text())['step']}, the best" in said
+    # once is enough
+    monkeypatch.setattr(command_line, "judged", None)
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert said.splitlines()[-1] == capsys.readouterr().out.splitlines()[-1]
+
+
+def test_where_no_evaluation_was_finite_nothing_was_kept_and_that_is_said(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(Trainer, "evaluated", lambda *_: (None, None))
+    assert main([*TINY, "--hold-out", "0.25", "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "set-apart accuracy not finite, set-apart loss not finite at step 6" in said
+    assert "no weights were kept, as no evaluation of what was set apart was finite" in said
 
 
 def test_the_command_goes_on_with_the_same_share_alone(tmp_path, capsys) -> None:
@@ -222,8 +284,11 @@ def test_the_command_goes_on_with_the_same_share_alone(tmp_path, capsys) -> None
     assert main([*TINY, "--hold-out", "0.25", "--out", folder]) == 0
     assert main(["train", "--resume", folder]) == 0
     assert "is finished" in capsys.readouterr().out
-    assert main(["train", "--resume", folder, "--hold-out", "0.5"]) == 2
-    assert "--hold-out 0.5 was given" in capsys.readouterr().err
+    for other in ("0.5", "0"):
+        assert main(["train", "--resume", folder, "--hold-out", other]) == 2
+        assert "was given to go on with a run that was begun with 0.25" in capsys.readouterr().err
+    assert main([*TINY, "--out", str(tmp_path / "whole")]) == 0
+    assert main(["train", "--resume", str(tmp_path / "whole"), "--hold-out", "0"]) == 0
 
 
 @pytest.mark.parametrize(
