@@ -1,9 +1,12 @@
 """What only an accelerator can show: no wait in a step, late but sure errors, the CPU's numbers. `pytest -m gpu`."""
 
+import math
+
 import pytest
 import torch
 
-from modula_agd import AGD, MLP, ClosedForm, CrossEntropy, ExactGrowth, NonFiniteGradient, agd
+from modula_agd import AGD, MLP, Attention, ClosedForm, CrossEntropy, ExactGrowth, Heads, NonFiniteGradient, agd
+from modula_agd.space import Tuple
 
 pytestmark = pytest.mark.gpu
 
@@ -65,6 +68,19 @@ def test_a_step_agrees_with_the_cpus(cuda) -> None:
         updates[device.type] = {name: w.cpu() for name, w in step.items()}
     for name, update in updates["cpu"].items():
         torch.testing.assert_close(updates["cuda"][name], update, rtol=1e-9, atol=1e-12)
+
+
+def test_weights_of_attention_that_a_fused_kernel_drops_are_right_in_the_mean(cuda) -> None:
+    attention = Attention(causal=True, dropout=0.4).bind(Tuple((Heads(2, 16),) * 3))
+    drawn = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 8, 16, generator=drawn).to(cuda) for _ in range(3))
+    many, whole = tuple(part.repeat(4000, 1, 1, 1) for part in (q, k, v)), attention({}, (q, k, v))
+    # five standard errors of the mean, of what each weight adds to the variance at most
+    error = 5 * math.sqrt(0.4 / 0.6 / 4000) * float(v.abs().max())
+    for generator in (torch.cuda.default_generators[torch.cuda.current_device()], torch.Generator(cuda)):
+        out = attention.run({}, many, generator=generator.manual_seed(0))[0]
+        assert not torch.equal(out[0], out[1])
+        torch.testing.assert_close(out.mean(0, keepdim=True), whole, rtol=0, atol=error)
 
 
 def test_a_captured_step_is_replayed_with_what_has_changed_since(cuda) -> None:
