@@ -224,9 +224,9 @@ def _last_look(options: argparse.Namespace, folder: RunFolder, opened: Callable[
             "no weights were kept, as no evaluation of what was set apart was finite; what is held out was not looked at"
         )
         return 0
-    if folder.look.exists():
-        seen = json.loads(folder.look.read_text(encoding="utf-8"))
-    else:
+    seen = json.loads(folder.look.read_text(encoding="utf-8")) if folder.look.exists() else None
+    new = seen is None
+    if new:
         try:
             with _explained(folder):
                 seen = _looked(options, folder, opened())
@@ -236,9 +236,10 @@ def _last_look(options: argparse.Namespace, folder: RunFolder, opened: Callable[
                 file=sys.stderr,
             )
             return _SIGNALLED + signal.SIGINT
-        replace(folder.look, (json.dumps(seen) + "\n").encode())
     figures = _told(options.data, seen["split"], seen["loss"], seen["accuracy"])
     print(f"by the weights of step {seen['step']:,}, the best on what was set apart: {figures}")
+    if new:
+        replace(folder.look, (json.dumps(seen) + "\n").encode())
     return 0
 
 
