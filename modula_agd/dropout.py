@@ -117,10 +117,9 @@ class WithDropout(Wrapper):
     inner: Module
 
     def __post_init__(self) -> None:
+        dropout = self._dropout
         if self.inner.codomain is not None:
-            self._dropout.codomain_of(self.inner.codomain)
-        else:
-            probability(self.probability, "WithDropout")
+            dropout.codomain_of(self.inner.codomain)
 
     @property
     def _dropout(self) -> Dropout:

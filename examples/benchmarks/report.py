@@ -122,21 +122,25 @@ def race(runs: Runs) -> str:
             continue
         goal, budget = value(adam, "train_loss")[0], adam[0]["outcome"]["steps"]
         cells = [task, f"{goal:.4f}", f"{budget:,}", f"{_seconds(adam, budget):.3g}"]
-        for name in RACING:
-            steps = [reached(row, goal) for row in found.get(name, [])]
-            taken = [step for step in steps if step is not None]
-            mean = statistics.fmean(taken) if taken else math.nan
-            all_of_them = (
-                f"{mean:,.0f} ({mean / budget:.0%}), {_seconds(found.get(name, []), mean):.3g} s" if taken else ""
-            )
-            some = f"by {len(taken)} of {len(steps)} seeds" if steps else "not run"
-            cells.append(all_of_them if taken and len(taken) == len(steps) else some)
+        cells += [_raced(found.get(name, []), goal, budget) for name in RACING]
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _raced(rows: Runs, goal: float, budget: int) -> str:
+    """When runs of one method, meaned over seeds, came to a training loss."""
+    if not rows:
+        return "not run"
+    taken = [step for row in rows if (step := reached(row, goal)) is not None]
+    if len(taken) < len(rows):
+        return f"by {len(taken)} of {len(rows)} seeds"
+    mean = statistics.fmean(taken)
+    return f"{mean:,.0f} ({mean / budget:.0%}), {_seconds(rows, mean):.3g} s"
+
+
 def _seconds(rows: Runs, steps: float) -> float:
-    return steps * statistics.median(row["outcome"]["total_ms"] for row in rows) / 1e3 if rows else math.nan
+    """What so many steps take, by the runs' median."""
+    return steps * statistics.median(row["outcome"]["total_ms"] for row in rows) / 1e3
 
 
 def grid(runs: Runs, task: str, scale: float) -> str:

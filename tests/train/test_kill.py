@@ -21,19 +21,8 @@ def arguments(folder: Path, out: str) -> list[str]:
     (folder / "verse.txt").write_text(VERSE)
     run = ["train", "--data", f"text:{folder / 'verse.txt'}", "--arch", "gpt", "--context", "8", "--depth", "1"]
     run += ["--width", "8", "--heads", "2", "--dropout", "0.2", "--batch-size", "4", "--threads", "1", "--quiet"]
-    return [
-        *run,
-        "--steps",
-        "11",
-        "--eval-every",
-        "4",
-        "--checkpoint-every",
-        "3",
-        "--hold-out",
-        "0.2",
-        "--out",
-        str(folder / out),
-    ]
+    run += ["--steps", "11", "--eval-every", "4", "--checkpoint-every", "3", "--hold-out", "0.2"]
+    return [*run, "--out", str(folder / out)]
 
 
 @pytest.fixture(autouse=True)
